@@ -294,6 +294,8 @@ def _decode(size: int, same: bool):
         return tf.ensure_shape(image, (size, size, 3))
 
     def decode(item):
+        if not size:
+            return {k: v for k, v in item.items() if k != "frames"}
         a = frame(item["frames"][0])
         return {**item, "frames": tf.stack([a, a if same else frame(item["frames"][1])])}   # (2, H, W, 3)
     return decode
@@ -301,6 +303,7 @@ def _decode(size: int, same: bool):
 
 class Loader:
     """Endless iterator of batches (module docstring). Deterministic by seed; every `iter()` starts at the position.
+    image_size 0 leaves out `frames`, for statistics.
 
     data: folder or gs:// bucket that holds NAME/VERSION; mix: 'name:weight,...'; split: 'train' or 'val'.
     batch_size: of this rank; horizon_s: seconds between the frames (None: each dataset's own offset; 0: the same
@@ -318,6 +321,8 @@ class Loader:
         self.names, self.batch_size, self.position = names, batch_size, 0
         self.action_dim = max(sum(len(s) for _, s in p.entry.action) for p in self.plans)
         self.state_dim = max(sum(w for _, w in p.entry.state) for p in self.plans)
+        letters = ["".join(s for _, s in p.entry.executed or p.entry.action) for p in self.plans]
+        self.motion_dims = [i for i in range(self.action_dim) if any(x[i:i + 1] in "dpv" and x[i:] for x in letters)]
         self.horizon = {p.name: {"steps": p.offset, "seconds": p.offset / p.entry.hz} for p in self.plans}
         self.counts = {p.name: p.counts for p in self.plans}
         self._identity = dict(mix=mix, split=split, batch_size=batch_size, seed=seed, world=world)
@@ -445,7 +450,7 @@ def inspect(data: str = "data", mix: str = "metaworld_corner4", image_size: int 
         else:
             x = np.concatenate([b[key] for b in rows])
             print(f"{key:12s} {str(x.dtype):8s} {str(x.shape):22s} min {x.min():.3g} mean {x.mean():.3g} max {x.max():.3g}")
-    fig, axes = plt.subplots(4, 6, figsize=(15, 11))
+    fig, axes = plt.subplots(4, 6, figsize=(15, 7))
     b = rows[0]
     for i, ax in enumerate(axes.flat):
         ax.imshow(np.concatenate(b["frames"][i], axis=1))
