@@ -35,9 +35,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
-from transformers import AutoTokenizer, ByT5Tokenizer, SmolVLMConfig, SmolVLMModel
+from transformers import AutoTokenizer, ByT5Tokenizer, SmolVLMConfig, SmolVLMModel, logging as transformers_logging
 
 import data_oxe
+
+transformers_logging.disable_progress_bar()
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Config:
     flow_steps: int = 10
     """Euler steps when sampling."""
     shift: int = 0
-    """Random shift in pixels of the trunk's image; hurts where camera and robot are bolted down."""
+    """Random shift of training images in pixels; hurts a policy where camera and robot are bolted down."""
     episodes_per_task: int = 0
     """Labelled episodes of each instruction; 0: all."""
     chunk: int = 8
@@ -78,10 +80,8 @@ class Config:
     """Control: the image is black in training and in the exported policy."""
     normalize: str = "quantile"
     """Actions and state to -1..1 by their 1st and 99th percentile ('quantile'), or to unit variance ('meanstd')."""
-    label: str = ""
-    """Free text kept in the manifest, for tables."""
     steps: int = 600
-    """Optimizer steps."""
+    """Optimizer steps; 0 exports the untrained model, as a control."""
     batch_size: int = 32
     """Samples a step over all processes."""
     micro_batch: int = 0
@@ -333,7 +333,7 @@ def load_checkpoint(cfg, model: nn.Module, optimizer, loader) -> int:
     state = torch.load(cfg.resume, map_location="cpu", weights_only=True)
     free = {"out", "data", "resume", "export_only", "wandb", "eval_every", "save_every", "log_every", "compile"}
     differ = [f"{f.name} was {state['config'].get(f.name)!r}, is {getattr(cfg, f.name)!r}" for f in fields(cfg)
-              if f.name not in free and state["config"].get(f.name) != json.loads(json.dumps(getattr(cfg, f.name)))]
+              if f.name not in free and state["config"].get(f.name) != getattr(cfg, f.name)]
     if differ:
         fail(f"--resume '{cfg.resume}' is of another run: {'; '.join(differ)}")
     model.load_state_dict(state["model"])
@@ -460,7 +460,7 @@ def export(model: Policy, cfg: Config, step: int, tokenizer, loader, pretraining
     program.example_inputs = None
     torch.export.save(program, partial / "policy.pt2")
     manifest = {"schema": "policy.v1", "image_size": size, "text_len": cfg.text_len, "chunk": cfg.chunk, "action_dim": A,
-                "state_dim": Ds, "datasets": list(loader.names), "episodes": loader.counts, "label": cfg.label,
+                "state_dim": Ds, "datasets": list(loader.names), "episodes": loader.counts,
                 "blind": cfg.blind, "pretraining": pretraining, "step": step, "config": asdict(cfg),
                 "torch": torch.__version__}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))

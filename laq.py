@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -70,11 +71,11 @@ class Config:
     flow_weight: float = 0.3
     """Weight of predicting optical flow (DIS, OpenCV) in units of a 16x16 grid; 0: off."""
     shift: int = 4
-    """Random shift in pixels, the same for both frames."""
+    """Random shift of training images in pixels; hurts a policy where camera and robot are bolted down."""
     reseed_every: int = 20
     """Steps between replacing codes used less than a tenth of their share, in the first 80% of the steps."""
     steps: int = 1500
-    """Optimizer steps; 0 exports an untrained quantizer, the control of the demo."""
+    """Optimizer steps; 0 exports the untrained model, as a control."""
     batch_size: int = 32
     """Samples a step over all processes."""
     micro_batch: int = 0
@@ -308,7 +309,7 @@ def load_checkpoint(cfg, model: nn.Module, optimizer, loader) -> int:
     state = torch.load(cfg.resume, map_location="cpu", weights_only=True)
     free = {"out", "data", "resume", "export_only", "wandb", "eval_every", "save_every", "log_every", "compile"}
     differ = [f"{f.name} was {state['config'].get(f.name)!r}, is {getattr(cfg, f.name)!r}" for f in fields(cfg)
-              if f.name not in free and state["config"].get(f.name) != json.loads(json.dumps(getattr(cfg, f.name)))]
+              if f.name not in free and state["config"].get(f.name) != getattr(cfg, f.name)]
     if differ:
         fail(f"--resume '{cfg.resume}' is of another run: {'; '.join(differ)}")
     model.load_state_dict(state["model"])
@@ -482,6 +483,7 @@ def export(model: LAQ, cfg: Config, step: int, loader):
                                                   "probe_frames": probe, "probe_codes": codes})).decode()
     program.example_inputs = None                                               # would be stored as a pickle
     partial = Path(cfg.out) / ".partial.laq.pt2"
+    warnings.filterwarnings("ignore", "No complete tensor found")               # of views; both are saved whole
     torch.export.save(program, partial, extra_files={"manifest.json": json.dumps(manifest), "tensors.safetensors.b64": tensors})
     partial.rename(Path(cfg.out) / "laq.pt2")
 
@@ -527,7 +529,7 @@ def main(cfg: Config):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(cfg, step)
         step_seed(cfg, step, rank, world)
-        batch, waited = next(batches), time.time()
+        batch = next(batches)
         frames = random_shift(torch.from_numpy(batch["frames"]), cfg.shift)
         flow = optical_flow(frames.numpy()) if cfg.flow_weight else torch.zeros(local, 2, 1, 1)
         frames, flow = frames.to(device, non_blocking=True), flow.to(device, non_blocking=True)

@@ -20,6 +20,7 @@ import os
 import sys
 import time
 import warnings
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -92,6 +93,8 @@ class Config:
     """Steps after which an episode has failed; the simulator's own limit is 500."""
     replan: int = 0
     """Actions executed of each predicted chunk before the next picture is taken; 0: all."""
+    compare: tuple[str, ...] = ()
+    """Instead of running anything: one table of finished evaluations, given as NAME=FOLDER; writes OUT/results.json."""
     seed: int = 0
     """Block of 10,000 environment seeds. Recording and evaluation never share one."""
     workers: int = 0
@@ -267,6 +270,17 @@ def record(cfg: Config):
           f"{cfg.data}/{name}")
 
 
+def refuse_pickles(path: Path):
+    """A torch.export archive may carry pickled payloads, which run code when loaded: such a file is not opened."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            configs = [json.loads(z.read(n)) for n in z.namelist() if n.endswith(("weights_config.json", "constants_config.json"))]
+    except (OSError, zipfile.BadZipFile) as e:
+        fail(f"'{path}' is not a torch.export archive ({e})")
+    if len(configs) != 2 or any(entry.get("use_pickle") for c in configs for entry in c["config"].values()):
+        fail(f"'{path}' holds pickled payloads or an unknown layout; export it again with this project's scripts")
+
+
 def load_manifest(folder: Path) -> dict:
     """policy/manifest.json; exits with the two values where schema or widths do not fit this robot."""
     if not (folder / "manifest.json").exists():
@@ -275,13 +289,14 @@ def load_manifest(folder: Path) -> dict:
     for key, here in {"schema": "policy.v1", "action_dim": ACTION_DIM, "state_dim": STATE_DIM}.items():
         if spec.get(key) != here:
             fail(f"policy '{folder}': {key} is {spec.get(key)!r}, Meta-World needs {here!r}")
+    refuse_pickles(folder / "policy.pt2")
     view = [n.removeprefix("metaworld_") for n in spec["datasets"] if n.startswith("metaworld_")]
     if not view:
         fail(f"policy '{folder}' was trained on {spec['datasets']}, none of them a metaworld_CAMERA dataset")
     return {**spec, "camera": view[0]}
 
 
-def write_video(path: Path, result: dict, arm: str):
+def write_video(path: Path, result: dict):
     """A GIF at real speed with the outcome written on every frame."""
     import imageio.v3 as iio
     from PIL import Image, ImageDraw
@@ -311,7 +326,7 @@ def evaluate(cfg: Config):
     out.mkdir(parents=True, exist_ok=True)
     for r in results:
         if r["frames"]:
-            write_video(out / f"{r['task']}.gif", r, spec["label"])
+            write_video(out / f"{r['task']}.gif", r)
         del r["frames"]
     if world > 1:
         import torch.distributed as dist
@@ -331,10 +346,37 @@ def evaluate(cfg: Config):
         print(f"{t:24s} {k:4d}/{n:<4d} {k / n:.2f}  [{low:.2f}, {high:.2f}]")
     report = dict(tasks=table, policy=str(folder), policy_manifest=spec, config=asdict(cfg),
                   seeds=[seeds[0], seeds[-1]], episodes=sorted(results, key=lambda r: (r["task"], r["seed"])))
-    partial = out / ".results.json.partial"
-    partial.write_text(json.dumps(report, indent=1))
-    partial.rename(out / "results.json")
+    write_json(out / "results.json", report)
     print(f"results and videos: {out}")
+
+
+def write_json(path: Path, value: dict):
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1))
+    partial.rename(path)
+
+
+def compare(cfg: Config):
+    """Prints success per task of several evaluations side by side and writes OUT/results.json."""
+    arms = {}
+    for item in cfg.compare:
+        name, _, folder = item.partition("=")
+        path = Path(folder) / "results.json"
+        if not path.is_file():
+            fail(f"--compare '{item}': there is no '{path}'")
+        r = json.loads(path.read_text())
+        arms[name] = {"tasks": r["tasks"], "evaluation_seeds": r["seeds"], "policy": r["policy"],
+                      **{k: r["policy_manifest"][k] for k in ("step", "blind")},
+                      **{k: r["policy_manifest"]["config"][k] for k in ("init", "seed", "episodes_per_task", "use_state")}}
+    tasks = list(next(iter(arms.values()))["tasks"])
+    if odd := [n for n, a in arms.items() if list(a["tasks"]) != tasks]:
+        fail(f"--compare: '{odd[0]}' was evaluated on other tasks than '{next(iter(arms))}'")
+    print("success rate [95% interval]".ljust(28) + "".join(n.ljust(20) for n in arms))
+    for t in tasks:
+        cells = (a["tasks"][t] for a in arms.values())
+        print(f"{t} ({arms[next(iter(arms))]['tasks'][t]['episodes']})".ljust(28)
+              + "".join(f"{c['rate']:.2f} [{c['low']:.2f}, {c['high']:.2f}]".ljust(20) for c in cells))
+    write_json(Path(cfg.out) / "results.json", arms)
 
 
 def main(cfg: Config):
@@ -348,7 +390,7 @@ def main(cfg: Config):
         fail(f"--max-steps {cfg.max_steps} is above the simulator's limit of 500")
     if cfg.record and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("--record starts its own processes (--workers); run it with python, not torchrun")
-    record(cfg) if cfg.record else evaluate(cfg)
+    (compare if cfg.compare else record if cfg.record else evaluate)(cfg)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,11 @@ from safetensors.torch import load as safetensors_load, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
-from transformers import AutoTokenizer, ByT5Tokenizer, SmolVLMConfig, SmolVLMModel
+from transformers import AutoTokenizer, ByT5Tokenizer, SmolVLMConfig, SmolVLMModel, logging as transformers_logging
 
 import data_oxe
+
+transformers_logging.disable_progress_bar()
 
 
 @dataclass
@@ -68,9 +70,9 @@ class Config:
     flow_samples: int = 8
     """Noise levels a sample: the head is cheap beside the trunk, so each readout trains it several times."""
     shift: int = 0
-    """Random shift in pixels of the trunk's image; hurts where camera and robot are bolted down."""
+    """Random shift of training images in pixels; hurts a policy where camera and robot are bolted down."""
     steps: int = 1000
-    """Optimizer steps."""
+    """Optimizer steps; 0 exports the untrained model, as a control."""
     batch_size: int = 32
     """Samples a step over all processes."""
     micro_batch: int = 0
@@ -334,7 +336,7 @@ def load_checkpoint(cfg, model: nn.Module, optimizer, loader) -> int:
     state = torch.load(cfg.resume, map_location="cpu", weights_only=True)
     free = {"out", "data", "resume", "export_only", "wandb", "eval_every", "save_every", "log_every", "compile"}
     differ = [f"{f.name} was {state['config'].get(f.name)!r}, is {getattr(cfg, f.name)!r}" for f in fields(cfg)
-              if f.name not in free and state["config"].get(f.name) != json.loads(json.dumps(getattr(cfg, f.name)))]
+              if f.name not in free and state["config"].get(f.name) != getattr(cfg, f.name)]
     if differ:
         fail(f"--resume '{cfg.resume}' is of another run: {'; '.join(differ)}")
     model.load_state_dict(state["model"])
@@ -420,6 +422,8 @@ def refuse_pickles(path: Path):
 
 def load_labeller(path: str, device):
     """laq.pt2 -> (program, manifest, codebook (S, K, D)); the stored probe frames must give the stored codes."""
+    if not Path(path).is_file():
+        fail(f"no labeller at --laq-ckpt '{path}'; laq.py writes OUT/laq.pt2")
     refuse_pickles(Path(path))
     extra = {"manifest.json": "", "tensors.safetensors.b64": ""}
     program = torch.export.load(path, extra_files=extra)

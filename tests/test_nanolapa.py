@@ -1,0 +1,406 @@
+"""The real scripts, tiny, on CPU, offline. Each test fails for a reason that a user would notice."""
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data_oxe  # noqa: E402
+import finetune  # noqa: E402
+import laq  # noqa: E402
+import vla  # noqa: E402
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+TASKS = ["drawer-open", "faucet-close"]
+TINY = ["--batch-size", "8", "--eval-batches", "1", "--eval-every", "1000", "--log-every", "1"]
+
+
+def run(script, *args, processes=0, check=True, cwd=None, env=None):
+    """Runs a script as a user does; returns the finished process."""
+    head = [sys.executable] if not processes else \
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    p = subprocess.run([*head, str(ROOT / script), *map(str, args)], cwd=cwd or ROOT, env=env or ENV, text=True,
+                       capture_output=True, timeout=300)
+    if check and p.returncode:
+        raise AssertionError(f"{script} {args} exited {p.returncode}\n{p.stdout[-2000:]}\n{p.stderr[-4000:]}")
+    return p
+
+
+def metrics(folder, *keys):
+    rows = [json.loads(x) for x in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return {k: {r["step"]: r[k] for r in rows if k in r} for k in keys}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Six episodes each of two tasks, recorded by the real simulator."""
+    folder = tmp_path_factory.mktemp("data")
+    run("rollout.py", "--record", "--data", folder, "--episodes", 6, "--tasks", *TASKS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stages(data, tmp_path_factory):
+    """The loop run once, small: folder with laq/, vla/, policy run ft/."""
+    out = tmp_path_factory.mktemp("stages")
+    run("laq.py", "--data", data, "--out", out / "laq", "--steps", 30, *TINY)
+    run("vla.py", "--data", data, "--out", out / "vla", "--laq-ckpt", out / "laq/laq.pt2", "--steps", 10, *TINY)
+    run("finetune.py", "--data", data, "--out", out / "ft", "--init", out / "vla/stage2", "--episodes-per-task", 2,
+        "--steps", 10, *TINY)
+    return out
+
+
+def stage_args(stage, data, stages):
+    extra = {"laq": [], "vla": ["--laq-ckpt", stages / "laq/laq.pt2"],
+             "finetune": ["--init", stages / "vla/stage2", "--episodes-per-task", 2]}[stage]
+    return ["--data", data, *extra, *TINY]
+
+
+# ------------------------------------------------------------------------------------------------ data
+def test_recorded_dataset_reads_with_tfds(data):
+    builder = tfds.builder_from_directory(str(data / "metaworld_corner4/1.0.0"))
+    episodes = list(builder.as_dataset(split="train"))
+    assert len(episodes) == 12
+    e = episodes[0]
+    assert set(e["episode_metadata"]) == {"task", "seed", "success", "file_path"} and bool(e["episode_metadata"]["success"])
+    steps = list(e["steps"].as_numpy_iterator())
+    assert set(steps[0]) == {"observation", "action", "executed_action", "language_instruction", "reward", "discount",
+                             "is_first", "is_last", "is_terminal"}
+    assert steps[0]["observation"]["image"].shape == (64, 64, 3) and steps[0]["observation"]["image"].std() > 10
+    assert steps[0]["is_first"] and steps[-1]["is_last"] and steps[-1]["is_terminal"] and not steps[1]["is_first"]
+    executed = np.stack([s["executed_action"] for s in steps])
+    assert 0.01 < np.abs(executed - np.stack([s["action"] for s in steps]))[:, :3].mean() < 0.5      # the push
+
+
+def test_batches_hold_what_was_recorded(data):
+    """Frames, chunks and sums of the contract, against the same episodes read by TFDS."""
+    loader = data_oxe.Loader(str(data), "metaworld_corner4", "train", 16, 64, chunk=8, val_fraction=0.2)
+    batch = next(iter(loader))
+    assert loader.counts["metaworld_corner4"] == {"train": 10, "val": 2, "used": 10}
+    builder = tfds.builder_from_directory(str(data / "metaworld_corner4/1.0.0"))
+    episodes = list(builder.as_dataset(split="train", shuffle_files=False))
+    for i in range(16):
+        steps = list(episodes[batch["episode"][i]]["steps"].as_numpy_iterator())
+        t, T = batch["step"][i], len(steps)
+        assert np.array_equal(batch["frames"][i], [steps[t]["observation"]["image"], steps[t + 8]["observation"]["image"]])
+        assert batch["instruction"][i] == steps[0]["language_instruction"].decode()
+        n = min(8, T - t)
+        assert batch["action_mask"][i].sum() == n
+        np.testing.assert_allclose(batch["actions"][i, :n], [s["action"] for s in steps[t:t + n]], atol=1e-6)
+        total = np.sum([s["executed_action"] for s in steps[t:t + 8]], 0)
+        np.testing.assert_allclose(batch["action_sum"][i, :3], total[:3], atol=1e-4)
+        assert batch["action_sum"][i, 3] == pytest.approx(steps[t + 7]["executed_action"][3])
+        np.testing.assert_allclose(batch["state"][i], steps[t]["observation"]["state"])
+
+
+def test_splits_ranks_seeds_resume(data):
+    make = lambda split="train", **k: data_oxe.Loader(str(data), "metaworld_corner4", split, 8, 16, shuffle_mb=0.2,
+                                                      **{"val_fraction": 0.25, **k})
+    take = lambda loader, n: [b for _, b in zip(range(n), loader)]
+    seen = lambda loader: {int(e) for b in take(loader, 40) for e in b["episode"]}
+    train, val = seen(make()), seen(make("val"))
+    assert train == set(range(9)) and val == {9, 10, 11} and seen(make("val", max_episodes=2)) == val
+    assert len(seen(make(max_episodes=4))) == 4 and len(seen(make(episodes_per_task=2))) == 4
+    halves = [seen(make(rank=r, world=2)) for r in (0, 1)]
+    assert halves[0] | halves[1] == train and not halves[0] & halves[1]
+    whole, again, other = make(), make(), make(seed=1)
+    batches = take(whole, 6)
+    take(again, 3)
+    resumed = make()
+    resumed.load_state_dict(again.state_dict())
+    for a, b in zip(batches[3:], take(resumed, 3)):
+        assert all(np.array_equal(a[k], b[k]) for k in a)
+    assert not np.array_equal(batches[0]["step"], take(other, 1)[0]["step"])
+
+
+def write_oxe(folder, name, step_features, make_step, T=9, episodes=4):
+    """A small dataset in another one's true schema."""
+    path = folder / name / data_oxe.REGISTRY[name].version
+    path.mkdir(parents=True)
+    identity = tfds.core.dataset_info.DatasetIdentity(name=name, version=tfds.core.Version(path.name), data_dir=str(path),
+                                                      module_name="")
+    features = tfds.features.FeaturesDict({"steps": tfds.features.Dataset(step_features)})
+    writer = tfds.core.SequentialWriter(tfds.core.DatasetInfo(builder=identity, features=features), 2)
+    writer.initialize_splits(["train"])
+    for e in range(episodes):
+        writer.add_examples({"train": [{"steps": [make_step(e, t) for t in range(T)]}]})
+    writer.close_all()
+
+
+def test_open_x_schemas(tmp_path):
+    """bridge, fractal and language_table as their features.json declare them, mixed with weights."""
+    f, rng = tfds.features, np.random.default_rng(0)
+    vec = lambda n: f.Tensor(shape=(n,), dtype=np.float32)
+    image = lambda h, w: rng.integers(0, 255, (h, w, 3), np.uint8)
+    write_oxe(tmp_path, "bridge", {"observation": {"image": f.Image(shape=(48, 64, 3)), "state": vec(7),
+              "natural_language_instruction": f.Text()},
+              "action": {"world_vector": vec(3), "rotation_delta": vec(3), "open_gripper": np.bool_}},
+              lambda e, t: {"observation": {"image": image(48, 64), "state": np.full(7, t, np.float32),
+                                            "natural_language_instruction": "put the pot"},
+                            "action": {"world_vector": np.full(3, t, np.float32), "rotation_delta": np.zeros(3, np.float32),
+                                       "open_gripper": t % 2 == 1}})
+    write_oxe(tmp_path, "fractal20220817_data", {"observation": {"image": f.Image(shape=(32, 40, 3), encoding_format="jpeg"),
+              "natural_language_instruction": f.Text(), "base_pose_tool_reached": vec(7), "gripper_closed": vec(1)},
+              "action": {"world_vector": vec(3), "rotation_delta": vec(3), "gripper_closedness_action": vec(1)}},
+              lambda e, t: {"observation": {"image": image(32, 40), "natural_language_instruction": "pick coke can",
+                                            "base_pose_tool_reached": np.ones(7, np.float32),
+                                            "gripper_closed": np.zeros(1, np.float32)},
+                            "action": {"world_vector": np.ones(3, np.float32), "rotation_delta": np.ones(3, np.float32),
+                                       "gripper_closedness_action": np.ones(1, np.float32)}})
+    text = np.zeros(512, np.int32)
+    text[:9] = [ord(c) for c in "push blue"]
+    write_oxe(tmp_path, "language_table", {"observation": {"rgb": f.Image(shape=(36, 64, 3), encoding_format="jpeg"),
+              "instruction": f.Tensor(shape=(512,), dtype=np.int32), "effector_translation": vec(2)}, "action": vec(2)},
+              lambda e, t: {"observation": {"rgb": image(36, 64), "instruction": text,
+                                            "effector_translation": np.zeros(2, np.float32)},
+                            "action": np.full(2, 0.5, np.float32)}, T=13)
+    loader = data_oxe.Loader(str(tmp_path), "bridge:0.6,fractal20220817_data:0.2,language_table:0.2", "train", 200, 32, chunk=3,
+                             shuffle_mb=1, val_fraction=0.25)
+    batch = next(iter(loader))
+    assert batch["frames"].shape == (200, 2, 32, 32, 3) and batch["actions"].shape == (200, 3, 7) and batch["state"].shape == (200, 8)
+    share = np.bincount(batch["dataset"], minlength=3) / 200
+    assert abs(share - [0.6, 0.2, 0.2]).max() < 0.12
+    for i, (d, t) in enumerate(zip(batch["dataset"], batch["step"])):
+        assert batch["instruction"][i] == ["put the pot", "pick coke can", "push blue"][d]
+        if d == 0:                                              # five steps: t .. t+4, gripper as at t+4
+            assert batch["action_sum"][i].tolist() == [5 * t + 10] * 3 + [0] * 3 + [float((t + 4) % 2)]
+        if d == 2:
+            assert batch["action_sum"][i].tolist() == [5.0, 5.0] + [0.0] * 5 and not batch["state"][i, 2:].any()
+
+
+# ------------------------------------------------------------------------------------------------ training loops
+@pytest.mark.parametrize("stage", ["laq", "vla", "finetune"])
+def test_kill_and_resume_equals_an_unbroken_run(stage, data, stages, tmp_path):
+    args = [*stage_args(stage, data, stages), "--steps", 40, "--save-every", 10]
+    run(f"{stage}.py", *args, "--out", tmp_path / "whole")
+    broken = subprocess.Popen([sys.executable, str(ROOT / f"{stage}.py"), *map(str, args), "--out", str(tmp_path / "broken")],
+                              env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "broken/last.pt").exists() and broken.poll() is None:
+        time.sleep(0.01)
+    broken.send_signal(signal.SIGKILL)
+    assert broken.wait() == -signal.SIGKILL, "the run ended before it was killed"
+    run(f"{stage}.py", *args, "--out", tmp_path / "broken", "--resume", tmp_path / "broken/last.pt")
+    whole, resumed = (metrics(tmp_path / x, "loss")["loss"] for x in ("whole", "broken"))
+    assert list(resumed) == list(whole) == list(range(40))
+    np.testing.assert_allclose([*resumed.values()], [*whole.values()], rtol=1e-4)
+
+
+def test_sigterm_leaves_a_checkpoint(data, tmp_path):
+    p = subprocess.Popen([sys.executable, str(ROOT / "laq.py"), "--data", str(data), "--out", str(tmp_path), "--steps", "5000",
+                          *TINY], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while len((tmp_path / "metrics.jsonl").read_text().splitlines() if (tmp_path / "metrics.jsonl").exists() else []) < 3:
+        assert p.poll() is None
+        time.sleep(0.05)
+    p.send_signal(signal.SIGTERM)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 128 + signal.SIGTERM and "--resume" in err and "Traceback" not in err
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] >= 2
+    p = run("laq.py", "--data", data, "--out", tmp_path, "--resume", tmp_path / "last.pt", "--steps", 6000, *TINY, check=False)
+    assert p.returncode == 1 and "steps was 5000, is 6000" in p.stderr
+
+
+@pytest.fixture(scope="session")
+def same_episodes(tmp_path_factory):
+    """Episodes that are all equal and hold one frame pair: every rank sees the same batch."""
+    folder, rng = tmp_path_factory.mktemp("same"), np.random.default_rng(0)
+    images = rng.integers(0, 255, (9, 64, 64, 3), np.uint8)
+    action = rng.standard_normal((9, 4))
+    with data_oxe.EpisodeWriter(str(folder), "metaworld_corner4", 64, 4, 4) as w:
+        for i in range(8):
+            w.add(images, np.zeros((9, 4)), action, action, np.zeros(9), "Do it", task="x", seed=i, success=True, file_path="")
+    return folder
+
+
+def test_two_processes_equal_one(same_episodes, tmp_path):
+    args = ["--data", same_episodes, "--steps", 8, "--shift", 0, *TINY, "--val-fraction", 0.25]
+    run("laq.py", *args, "--out", tmp_path / "one")
+    run("laq.py", *args, "--out", tmp_path / "two", processes=2)
+    run("laq.py", *args, "--out", tmp_path / "micro", "--micro-batch", 4)
+    one, two, micro = (metrics(tmp_path / x, "loss", "grad_norm") for x in ("one", "two", "micro"))
+    for other in (two, micro):
+        for key in one:
+            np.testing.assert_allclose([*other[key].values()], [*one[key].values()], rtol=2e-3)
+
+
+@pytest.mark.parametrize("stage", ["vla", "finetune"])
+def test_torchrun(stage, data, stages, tmp_path):
+    run(f"{stage}.py", *stage_args(stage, data, stages), "--steps", 3, "--out", tmp_path, processes=2)
+    assert len(metrics(tmp_path, "loss")["loss"]) == 3
+    assert (tmp_path / {"vla": "stage2", "finetune": "policy"}[stage] / "manifest.json").exists()
+
+
+def test_a_batch_can_be_overfitted(same_episodes, stages):
+    """The losses reach (nearly) zero on one sample: model, loss and gradient belong together."""
+    batch = next(iter(data_oxe.Loader(str(same_episodes), "metaworld_corner4", "train", 8, 64, chunk=8)))
+    frames = torch.from_numpy(batch["frames"])
+    torch.manual_seed(0)
+    cfg = laq.Config(width=16)
+    model = laq.LAQ(cfg)
+    flow = laq.optical_flow(batch["frames"])
+    first, last = overfit(model, lambda: model(frames, flow)[1]["pixel"] + 0 * model(frames, flow)[0], 120)
+    assert last < 0.35 * first
+    trunk, tokenizer = vla.load_trunk("tiny", 16)
+    tokens = vla.Tokens(tokenizer, 16)(batch["instruction"], "cpu")
+    labeller, _, codebook = vla.load_labeller(str(stages / "laq/laq.pt2"), torch.device("cpu"))
+    codes, _ = labeller(frames)
+    model = vla.LatentPolicy(vla.Config(), trunk, codebook)
+    overfit(model, lambda: model(frames[:, 0], *tokens, codes), 150)
+    assert torch.equal(model.predict(frames[:, 0], *tokens), codes)
+    stats = {"action_shift": torch.zeros(4), "action_scale": torch.full((4,), 2.0), "state_shift": torch.zeros(4),
+             "state_scale": torch.ones(4)}
+    actions, mask = torch.from_numpy(batch["actions"]), torch.from_numpy(batch["action_mask"])
+    policy = finetune.Policy(finetune.Config(), finetune.load_trunk("tiny", 16)[0], stats)
+    inputs = (frames[:, 0], torch.from_numpy(batch["state"]), *tokens)
+    overfit(policy, lambda: policy(*inputs, actions, mask), 250)
+    error = (policy.act(*inputs, torch.randn(actions.shape)) - actions)[mask].abs().mean()
+    assert error < 0.2 * actions[mask].abs().mean()
+
+
+def overfit(model, loss_of, steps):
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    values = []
+    for _ in range(steps):
+        loss = loss_of()
+        values.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return values[0], values[-1]
+
+
+# ------------------------------------------------------------------------------------------------ hand-over
+def test_labeller_round_trip(data, stages, tmp_path):
+    """The exported program gives the codes of the checkpoint; a changed file is refused."""
+    program, manifest, codebook = vla.load_labeller(str(stages / "laq/laq.pt2"), torch.device("cpu"))
+    frames = torch.from_numpy(next(iter(data_oxe.Loader(str(data), "metaworld_corner4", "val", 5, 64)))["frames"])
+    model = laq.LAQ(laq.Config())
+    model.load_state_dict(torch.load(stages / "laq/last.pt", weights_only=True)["model"])
+    codes, vectors = program(frames)
+    assert torch.equal(codes, model.encode(frames)[0]) and codes.dtype == torch.int64
+    assert torch.allclose(vectors, codebook[torch.arange(4), codes], atol=1e-6) and program(frames[:1])[0].shape == (1, 4)
+    assert manifest["schema"] == "laq.v1" and manifest["horizon"]["metaworld_corner4"] == {"steps": 8, "seconds": 0.1}
+    (tmp_path / "not.pt2").write_bytes(b"x")
+    p = run("vla.py", "--data", data, "--laq-ckpt", tmp_path / "not.pt2", "--out", tmp_path, check=False)
+    assert p.returncode == 1 and "not.pt2" in p.stderr and "Traceback" not in p.stderr
+    run("laq.py", "--data", data, "--out", tmp_path, "--steps", 30, *TINY, "--resume", stages / "laq/last.pt", "--export-only")
+    again, _, _ = vla.load_labeller(str(tmp_path / "laq.pt2"), torch.device("cpu"))
+    assert torch.equal(again(frames)[0], codes)
+
+
+def test_pretrained_trunk_by_name(tmp_path):
+    """A SmolVLM2 folder loads with its weights, cut to fewer layers; a folder without weights is an error."""
+    trunk, tokenizer = vla.load_trunk("tiny", 16)
+    from transformers import SmolVLMForConditionalGeneration
+    whole = SmolVLMForConditionalGeneration(trunk.vlm.config)
+    whole.save_pretrained(tmp_path / "hub/trunk")
+    tokenizer.save_pretrained(tmp_path / "hub/tokenizer")
+    loaded, _ = vla.load_trunk(str(tmp_path / "hub/trunk"), 1, str(tmp_path / "hub/tokenizer"))
+    assert len(loaded.vlm.text_model.layers) == 1
+    assert torch.equal(loaded.vlm.connector.modality_projection.proj.weight, whole.model.connector.modality_projection.proj.weight)
+    (tmp_path / "hub/trunk/model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="no pretrained SmolVLM2"):
+        vla.load_trunk(str(tmp_path / "hub/trunk"), 1, str(tmp_path / "hub/tokenizer"))
+
+
+def test_stage2_reaches_the_policy(data, stages):
+    """finetune starts from vla's very trunk and readout, and policy.pt2 acts as the checkpoint does."""
+    state = torch.load(stages / "vla/last.pt", weights_only=True)["model"]
+    trunk, _, manifest = finetune.load_stage2(finetune.Config(init=str(stages / "vla/stage2")))
+    for name, value in trunk.state_dict().items():
+        assert torch.equal(value, state[f"trunk.{name}"]), name
+    assert manifest["labeller"]["schema"] == "laq.v1"
+    saved = torch.load(stages / "ft/last.pt", weights_only=True)
+    stats = {k: saved["model"][k] for k in ("action_shift", "action_scale", "state_shift", "state_scale")}
+    policy = finetune.Policy(finetune.Config(**saved["config"]), trunk, stats)
+    policy.load_state_dict(saved["model"])
+    program = torch.export.load(stages / "ft/policy/policy.pt2").module()
+    example = (torch.randint(0, 255, (3, 64, 64, 3), dtype=torch.uint8), torch.randn(3, 4), torch.ones(3, 32, dtype=torch.long),
+               torch.ones(3, 32, dtype=torch.long), torch.randn(3, 8, 4))
+    torch.testing.assert_close(program(*example), policy.act(*example), rtol=1e-3, atol=1e-4)
+    dark = (torch.zeros_like(example[0]), *example[1:])
+    assert not torch.allclose(program(*dark), program(*example))
+    policy.cfg.blind = True
+    assert torch.equal(policy.act(*dark), policy.act(*example))
+
+
+# ------------------------------------------------------------------------------------------------ closed loop
+def test_rollout(stages, tmp_path):
+    run("rollout.py", "--policy", stages / "ft/policy", "--episodes", 2, "--max-steps", 24, "--tasks", *TASKS, "--out", tmp_path / "a")
+    r = json.loads((tmp_path / "a/results.json").read_text())
+    assert r["tasks"]["all"]["episodes"] == 4 and 0 <= r["tasks"]["all"]["low"] <= r["tasks"]["all"]["high"] <= 1
+    assert min(e["seed"] for e in r["episodes"]) >= 1_000_000_000                       # recording stays below
+    assert all((tmp_path / f"a/{t}.gif").stat().st_size > 1000 for t in TASKS)
+    run("rollout.py", "--policy", stages / "ft/policy", "--episodes", 2, "--max-steps", 24, "--tasks", *TASKS, "--out",
+        tmp_path / "b", processes=2)
+    assert json.loads((tmp_path / "b/results.json").read_text())["episodes"] == r["episodes"]    # reproducible
+    p = run("rollout.py", "--compare", f"x={tmp_path}/a", f"y={tmp_path}/b", "--out", tmp_path)
+    assert "drawer-open (2)" in p.stdout and set(json.loads((tmp_path / "results.json").read_text())) == {"x", "y"}
+
+
+def test_wandb_offline(data, tmp_path):
+    run("laq.py", "--data", data, "--out", tmp_path, "--steps", 1, "--wandb", *TINY)
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+# ------------------------------------------------------------------------------------------------ errors and shape
+@pytest.mark.parametrize("script, args, says", [
+    ("laq.py", ["--mix", "brigde"], "unknown dataset 'brigde'"),
+    ("laq.py", ["--data", "/nowhere"], "no dataset at '/nowhere/metaworld_corner4/1.0.0'"),
+    ("laq.py", ["--mix", "bridge", "--data", "DATA"], "no step feature 'observation/natural_language_instruction'"),
+    ("laq.py", ["--data", "DATA", "--image-size", "50"], "--image-size 50"),
+    ("laq.py", ["--data", "DATA", "--val-fraction", "0"], "no episodes left in split 'val'"),
+    ("laq.py", ["--resume", "/nowhere.pt"], "/nowhere.pt"),
+    ("vla.py", ["--laq-ckpt", "/nowhere.pt2"], "no labeller at --laq-ckpt '/nowhere.pt2'"),
+    ("vla.py", ["--laq-ckpt", "LAQ", "--trunk", "Org/absent"], "no pretrained SmolVLM2 at 'Org/absent'"),
+    ("finetune.py", ["--init", "/nowhere"], "no stage2 folder at --init '/nowhere'"),
+    ("finetune.py", ["--data", "DATA", "--init", "none", "--episodes-per-task", "50"], "fewer than 50 training episodes"),
+    ("rollout.py", ["--tasks", "open-sesame"], "unknown task 'open-sesame'"),
+    ("rollout.py", ["--policy", "/nowhere"], "no policy at '/nowhere'"),
+    ("rollout.py", ["--record", "--data", "DATA"], "exists already"),
+])
+def test_user_errors_are_one_line(script, args, says, data, stages, tmp_path):
+    source = tmp_path / "data"
+    source.mkdir()
+    (source / "metaworld_corner4").symlink_to(data / "metaworld_corner4")
+    (source / "bridge").mkdir()
+    (source / "bridge/0.1.0").symlink_to(data / "metaworld_corner4/1.0.0")              # a wrong schema under bridge's name
+    args = [str(source) if a == "DATA" else str(stages / "laq/laq.pt2") if a == "LAQ" else a for a in args]
+    p = run(script, *args, "--out", tmp_path / "out", check=False)
+    assert p.returncode == 1 and says in p.stderr and "Traceback" not in p.stderr, p.stderr
+    assert len([x for x in p.stderr.splitlines() if script[:-3] + ":" in x or "data_oxe:" in x]) == 1
+    assert not [x for x in tmp_path.rglob("*") if x.is_file() and source not in x.parents]
+
+
+def test_world_size_must_divide_the_batch(data, tmp_path):
+    p = run("laq.py", "--data", data, "--batch-size", 9, "--out", tmp_path, processes=2, check=False)
+    assert p.returncode == 1 and "--batch-size 9 is not divisible by the 2 processes; 8 would be" in p.stderr
+
+
+def test_stages_share_text_and_import_nothing_of_each_other():
+    trees = {n: ast.parse((ROOT / f"{n}.py").read_text()) for n in ("laq", "vla", "finetune", "rollout")}
+    seen = {}
+    for name, tree in trees.items():
+        imports = {a.name for x in ast.walk(tree) if isinstance(x, ast.Import) for a in x.names} | \
+                  {x.module for x in ast.walk(tree) if isinstance(x, ast.ImportFrom)}
+        assert not imports & (set(trees) - {name}), name
+        for node in tree.body:
+            own = {"main", "evaluate", "export", "describe", "Config"}
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in own:
+                other = seen.setdefault(node.name, (name, ast.unparse(node)))
+                assert other[1] == ast.unparse(node), f"{node.name} differs between {other[0]}.py and {name}.py"
+            if isinstance(node, ast.ClassDef) and node.name == "Config" and name != "rollout":
+                for field, text in zip(node.body[::2], node.body[1::2]):
+                    value = (ast.unparse(field.annotation), ast.unparse(text))
+                    other = seen.setdefault(f"Config.{field.target.id}", (name, value))
+                    assert other[1] == value, f"{field.target.id}: {other} and {name} {value}"
+    assert sum(1 for n in seen if not n.startswith("Config.")) > 25
