@@ -60,7 +60,7 @@ class Config:
     """Channels of the first convolution; deeper ones have 2, 3 and 4 times as many."""
     tokens: int = 4
     """S, latent tokens a pair."""
-    codes: int = 8
+    codes: int = 16
     """K, codes a token; each token has a codebook of its own."""
     code_dim: int = 32
     """D, width of a code."""
@@ -68,7 +68,7 @@ class Config:
     """Weight of the commitment loss."""
     motion_weight: float = 10.0
     """How much more a fully changed pixel weighs than a still one."""
-    flow_weight: float = 0.3
+    flow_weight: float = 1.0
     """Weight of predicting optical flow (DIS, OpenCV) in units of a 16x16 grid; 0: off."""
     shift: int = 4
     """Random shift of training images in pixels; hurts a policy where camera and robot are bolted down."""

@@ -9,7 +9,7 @@ source sbatch/env.sh
 if [ "${DEMO:-full}" = smoke ]; then
   OUT=runs/smoke EPISODES=4 LAQ=20 VLA=20 FINETUNE=20 ROLLOUTS=1 SMALL="--eval-batches 1" MAX_STEPS=60
 else
-  OUT=runs/demo EPISODES=30 LAQ=600 VLA=600 FINETUNE=300 ROLLOUTS=20 SMALL="" MAX_STEPS=200
+  OUT=runs/demo EPISODES=30 LAQ=600 VLA=600 FINETUNE=200 ROLLOUTS=20 SMALL="" MAX_STEPS=200
 fi
 DATA=$OUT/data
 POLICY="--data $DATA --episodes-per-task 2 --no-use-state --steps $FINETUNE --eval-every $FINETUNE $SMALL"
