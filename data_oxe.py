@@ -32,7 +32,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")            # unused here, and it greets on every start
 os.environ.setdefault("GCS_READ_CACHE_BLOCK_SIZE_MB", "4")     # the default of 64 MB is held per open file
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,11 +181,17 @@ def make_plan(data: str, name: str, split: str, horizon_s: float | None, val_fra
     keep[ids] = True
     used = [i for i in range(len(shards)) if keep[starts[i]:starts[i + 1]].any()]
     files = [shards[i].filename for i in used]
-    record = next(iter(tf.data.TFRecordDataset(files[0]).take(1)))
-    images = tf.io.parse_single_example(record, {f"steps/{entry.image}": tf.io.FixedLenSequenceFeature(
-        [], tf.string, allow_missing=True)})[f"steps/{entry.image}"]
-    pair_bytes = int(2 * np.mean(tf.strings.length(images).numpy())) + 1
     offset = entry.offset if horizon_s is None else round(horizon_s * entry.hz)
+    if offset < (horizon_s != 0):
+        fail(f"horizon {horizon_s} s is {offset} steps of '{name}' at {entry.hz} Hz; give 0 or at least {1 / entry.hz:.3f}")
+    key, lengths = f"steps/{entry.image}", []
+    for record in tf.data.TFRecordDataset(files).take(8):       # a look at the size of images and the length of episodes
+        images = tf.io.parse_single_example(record, {key: _parser(features[key])})[key]
+        lengths.append(tf.strings.length(images).numpy())
+    if max(map(len, lengths)) <= offset:
+        fail(f"dataset '{name}': a pair spans {offset} steps, episodes have {max(map(len, lengths))} or fewer; "
+             f"shorten the horizon")
+    pair_bytes = int(2 * np.mean(np.concatenate(lengths))) + 1
     return Plan(name, entry, offset, files, [int(starts[i]) for i in used], keep, features, pair_bytes, counts)
 
 
@@ -325,6 +330,7 @@ class Loader:
         self.motion_dims = [i for i in range(self.action_dim) if any(x[i:i + 1] in "dpv" and x[i:] for x in letters)]
         self.horizon = {p.name: {"steps": p.offset, "seconds": p.offset / p.entry.hz} for p in self.plans}
         self.counts = {p.name: p.counts for p in self.plans}
+        self.source_size = {p.name: p.features[f"steps/{p.entry.image}"].shape[0] for p in self.plans}  # recorded height
         self._identity = dict(mix=mix, split=split, batch_size=batch_size, seed=seed, world=world)
         seed = seed + 1_000_003 * rank if split == "train" else seed
         streams = [_pair_stream(p, _episode_reader(p, pairs_per_episode, chunk, self.action_dim, self.state_dim, seed, i),
@@ -338,7 +344,7 @@ class Loader:
         self._threads = threads
 
     def __iter__(self):
-        # skip() stands before the decoder: resuming replays only the cheap part of the stream
+        # skip() stands before the decoder: resuming reads the stream again from its start, but decodes none of it
         ds = self._encoded.skip(self.position * self.batch_size)
         ds = ds.map(self._decode, num_parallel_calls=self._threads).batch(self.batch_size, drop_remainder=True).prefetch(2)
         options = tf.data.Options()

@@ -18,6 +18,7 @@ import copy
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -217,12 +218,13 @@ class Tokens:
 
     def __init__(self, tokenizer, length: int):
         self.tokenizer, self.length, self.cache = tokenizer, length, {}
+        tokenizer.padding_side = "right"                # kept by save_pretrained, so that a robot pads alike
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
     def __call__(self, texts: list[str], device):
         for s in set(texts) - self.cache.keys():
-            x = self.tokenizer(s, padding="max_length", max_length=self.length, truncation=True, padding_side="right")
+            x = self.tokenizer(s, padding="max_length", max_length=self.length, truncation=True)
             self.cache[s] = (x["input_ids"], x["attention_mask"])
         ids, mask = zip(*(self.cache[s] for s in texts))
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
@@ -281,6 +283,9 @@ def fail(message: str):
 def setup(cfg) -> tuple[int, int, torch.device]:
     """Joins torchrun's process group if there is one; checks what all stages share. -> rank, world size, device."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("batch_size", "eval_every", "eval_batches", "save_every", "log_every"):
+        if getattr(cfg, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
     if cfg.batch_size % world:
         fail(f"--batch-size {cfg.batch_size} is not divisible by the {world} processes; "
              f"{cfg.batch_size // world * world or world} would be")
@@ -330,10 +335,14 @@ def save_checkpoint(cfg, step: int, model: nn.Module, optimizer, loader):
 
 def load_checkpoint(cfg, model: nn.Module, optimizer, loader) -> int:
     """Restores all of save_checkpoint. Exits, naming the fields, when the run would not be the same. -> step"""
-    state = torch.load(cfg.resume, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(cfg.resume, map_location="cpu", weights_only=True)
+        stored = state["config"]
+    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as e:
+        fail(f"--resume '{cfg.resume}' is not a checkpoint of this script ({type(e).__name__}); give OUT/last.pt")
     free = {"out", "data", "resume", "export_only", "wandb", "eval_every", "save_every", "log_every", "compile"}
-    differ = [f"{f.name} was {state['config'].get(f.name)!r}, is {getattr(cfg, f.name)!r}" for f in fields(cfg)
-              if f.name not in free and state["config"].get(f.name) != getattr(cfg, f.name)]
+    differ = [f"{f.name} was {stored.get(f.name)!r}, is {getattr(cfg, f.name)!r}" for f in fields(cfg)
+              if f.name not in free and stored.get(f.name) != getattr(cfg, f.name)]
     if differ:
         fail(f"--resume '{cfg.resume}' is of another run: {'; '.join(differ)}")
     model.load_state_dict(state["model"])
@@ -383,20 +392,20 @@ class StopFlag:
     """Ctrl-C and SIGTERM ask for a checkpoint at the next step, on all ranks at once; a second signal kills."""
 
     def __init__(self):
-        self.signal = 0
+        self.received = self.signal = 0                 # by this process; agreed on by all of them
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.catch)
 
     def catch(self, number, frame):
-        if self.signal:
+        if self.received:
             raise SystemExit(128 + number)
-        self.signal = number
+        self.received = number
 
     def __call__(self, device) -> bool:
+        flag = torch.tensor(self.received, device=device)
         if dist.is_initialized():
-            flag = torch.tensor(self.signal, device=device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.signal = int(flag)
+        self.signal = int(flag)
         return bool(self.signal)
 
 
@@ -416,7 +425,7 @@ def load_stage2(cfg: Config) -> tuple[Trunk, object, dict]:
     for key, here in {"schema": "smolvla_shared.v1", "text_len": cfg.text_len}.items():
         if manifest.get(key) != here:
             fail(f"--init '{folder}': {key} is {manifest.get(key)!r}, expected {here!r}")
-    trunk, tokenizer = load_trunk(str(folder / "trunk"), cfg.text_layers, str(folder / "tokenizer"))
+    trunk, tokenizer = load_trunk(str(folder / "trunk"), manifest["config"]["text_layers"], str(folder / "tokenizer"))
     heads = load_file(folder / "heads.safetensors")
     if heads["trunk.readout"].shape != trunk.readout.shape:
         fail(f"--init '{folder}': readout is {tuple(heads['trunk.readout'].shape)}, trunk is {trunk.width} wide")
@@ -425,10 +434,13 @@ def load_stage2(cfg: Config) -> tuple[Trunk, object, dict]:
 
 
 def publish(partial: Path, final: Path):
-    """Replaces a hand-over folder in one rename."""
+    """Puts a finished hand-over folder in place; an older one is whole until then."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(old)
     partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class Program(nn.Module):
@@ -460,7 +472,7 @@ def export(model: Policy, cfg: Config, step: int, tokenizer, loader, pretraining
     program.example_inputs = None
     torch.export.save(program, partial / "policy.pt2")
     manifest = {"schema": "policy.v1", "image_size": size, "text_len": cfg.text_len, "chunk": cfg.chunk, "action_dim": A,
-                "state_dim": Ds, "datasets": list(loader.names), "episodes": loader.counts,
+                "state_dim": Ds, "datasets": loader.source_size, "episodes": loader.counts,
                 "blind": cfg.blind, "pretraining": pretraining, "step": step, "config": asdict(cfg),
                 "torch": torch.__version__}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -528,13 +540,14 @@ def main(cfg: Config):
     few = dict(split="train", batch_size=local, episodes_per_task=cfg.episodes_per_task)
     loader = data_oxe.Loader(**few, **common, image_size=trunk.image_size, seed=cfg.seed, rank=rank, world=world)
     val_loader = data_oxe.Loader(split="val", batch_size=64, image_size=trunk.image_size, seed=1, shuffle_mb=8, **common)
-    stats = statistics(data_oxe.Loader(**few, **common, image_size=0, seed=0, shuffle_mb=8), cfg.normalize)
+    stats = statistics(data_oxe.Loader(**few | {"batch_size": 64}, **common, image_size=0, seed=0, shuffle_mb=8), cfg.normalize)
     tokens = Tokens(tokenizer, cfg.text_len)
+    torch.manual_seed(cfg.seed)                                                 # the same head whatever the trunk drew
     model = Policy(cfg, trunk, stats).to(device)
     optimizer = make_optimizer(cfg, model, device)
     start = load_checkpoint(cfg, model, optimizer, loader) if cfg.resume else 0
     if cfg.export_only:
-        return export(model, cfg, start, tokenizer, loader, pretraining)
+        return export(model, cfg, start, tokenizer, loader, pretraining) if rank == 0 else None
     train = DDP(model, broadcast_buffers=False) if world > 1 else model
     train = torch.compile(train) if cfg.compile else train
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")

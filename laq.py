@@ -20,6 +20,7 @@ import copy
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import time
@@ -198,9 +199,8 @@ class LAQ(nn.Module):
         parts = {"pixel": (weight * (pred - b).abs()).sum() / (3 * weight.sum()),
                  "codebook": F.mse_loss(q, z.detach()), "commit": F.mse_loss(z, q.detach())}
         loss = 10 * parts["pixel"] + parts["codebook"] + cfg.beta * parts["commit"]
-        if cfg.flow_weight:
-            parts["flow"] = (F.adaptive_avg_pool2d(pred_flow, flow.shape[-2:]) - flow).abs().mean()
-            loss = loss + cfg.flow_weight * parts["flow"]
+        parts["flow"] = (F.adaptive_avg_pool2d(pred_flow, flow.shape[-2:]) - flow).abs().mean()
+        loss = loss + cfg.flow_weight * parts["flow"]
         return loss, {k: v.detach() for k, v in parts.items()}, codes, z.detach()
 
     @torch.no_grad()
@@ -217,8 +217,9 @@ class LAQ(nn.Module):
         dead = self.usage < 0.1 / self.cfg.codes                                # (S, K)
         if everything:
             dead = torch.ones_like(dead)
+        order = torch.randperm(len(z)).tolist()                                 # no output twice for one token
         for s, k in dead.nonzero().tolist():
-            self.codebook[s, k] = z[torch.randint(len(z), (1,)).item(), s]
+            self.codebook[s, k] = z[order[k % len(z)], s]
             self.usage[s, k] = 1.0 / self.cfg.codes
         if dist.is_initialized():
             dist.broadcast(self.codebook.data, 0)
@@ -257,6 +258,9 @@ def fail(message: str):
 def setup(cfg) -> tuple[int, int, torch.device]:
     """Joins torchrun's process group if there is one; checks what all stages share. -> rank, world size, device."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("batch_size", "eval_every", "eval_batches", "save_every", "log_every"):
+        if getattr(cfg, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
     if cfg.batch_size % world:
         fail(f"--batch-size {cfg.batch_size} is not divisible by the {world} processes; "
              f"{cfg.batch_size // world * world or world} would be")
@@ -306,10 +310,14 @@ def save_checkpoint(cfg, step: int, model: nn.Module, optimizer, loader):
 
 def load_checkpoint(cfg, model: nn.Module, optimizer, loader) -> int:
     """Restores all of save_checkpoint. Exits, naming the fields, when the run would not be the same. -> step"""
-    state = torch.load(cfg.resume, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(cfg.resume, map_location="cpu", weights_only=True)
+        stored = state["config"]
+    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as e:
+        fail(f"--resume '{cfg.resume}' is not a checkpoint of this script ({type(e).__name__}); give OUT/last.pt")
     free = {"out", "data", "resume", "export_only", "wandb", "eval_every", "save_every", "log_every", "compile"}
-    differ = [f"{f.name} was {state['config'].get(f.name)!r}, is {getattr(cfg, f.name)!r}" for f in fields(cfg)
-              if f.name not in free and state["config"].get(f.name) != getattr(cfg, f.name)]
+    differ = [f"{f.name} was {stored.get(f.name)!r}, is {getattr(cfg, f.name)!r}" for f in fields(cfg)
+              if f.name not in free and stored.get(f.name) != getattr(cfg, f.name)]
     if differ:
         fail(f"--resume '{cfg.resume}' is of another run: {'; '.join(differ)}")
     model.load_state_dict(state["model"])
@@ -359,20 +367,20 @@ class StopFlag:
     """Ctrl-C and SIGTERM ask for a checkpoint at the next step, on all ranks at once; a second signal kills."""
 
     def __init__(self):
-        self.signal = 0
+        self.received = self.signal = 0                 # by this process; agreed on by all of them
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.catch)
 
     def catch(self, number, frame):
-        if self.signal:
+        if self.received:
             raise SystemExit(128 + number)
-        self.signal = number
+        self.received = number
 
     def __call__(self, device) -> bool:
+        flag = torch.tensor(self.received, device=device)
         if dist.is_initialized():
-            flag = torch.tensor(self.signal, device=device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.signal = int(flag)
+        self.signal = int(flag)
         return bool(self.signal)
 
 
@@ -503,7 +511,7 @@ def main(cfg: Config):
     optimizer = make_optimizer(cfg, model, device)
     start = load_checkpoint(cfg, model, optimizer, loader) if cfg.resume else 0
     if cfg.export_only:
-        return export(model, cfg, start, val_loader)
+        return export(model, cfg, start, val_loader) if rank == 0 else None
     if start == 0:                                                              # codes start on encoder outputs
         step_seed(cfg, 0, 0, 1)
         first = torch.from_numpy(next(iter(probe_loader))["frames"]).to(device)
@@ -534,7 +542,7 @@ def main(cfg: Config):
         flow = optical_flow(frames.numpy()) if cfg.flow_weight else torch.zeros(local, 2, 1, 1)
         frames, flow = frames.to(device, non_blocking=True), flow.to(device, non_blocking=True)
         pieces = [slice(i, i + micro) for i in range(0, local, micro)]
-        total = 0.0
+        total, used = 0.0, []
         for piece in pieces:
             if world > 1:
                 train.require_backward_grad_sync = piece is pieces[-1]
@@ -542,7 +550,8 @@ def main(cfg: Config):
                 loss, parts, codes, z = train(frames[piece], flow[piece])
             (loss / len(pieces)).backward()
             total += loss.detach() / len(pieces)
-            model.track_usage(codes)
+            used.append(codes)
+        model.track_usage(torch.cat(used))
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         if not torch.isfinite(norm):
             fail(f"gradient norm {norm.item()} at step {step}, episodes {batch['episode'].tolist()}; "

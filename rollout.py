@@ -203,6 +203,7 @@ def expert_episode(task: str, seed: int, cfg: Config) -> dict:
 
 def policy_episode(task: str, seed: int, cfg: Config, spec: dict, tokens: dict, film: bool) -> dict:
     """One closed-loop episode of the worker's policy; with `film` also frames at 160 px, 20 a second."""
+    import cv2
     import torch
     sim, rng = simulator(task, spec["camera"], cfg.stock), np.random.default_rng(seed)
     sim.reset(seed)
@@ -210,7 +211,11 @@ def policy_episode(task: str, seed: int, cfg: Config, spec: dict, tokens: dict, 
     frames, queue, success, steps = [], [], False, 0
     while steps < cfg.max_steps and not success:
         if not queue:
-            image = torch.from_numpy(sim.image(spec["image_size"]))[None]
+            image = sim.image(spec["source_size"])                     # as recorded, then resized as the loader does
+            if image.shape[0] != spec["image_size"]:
+                image = cv2.resize(image, [spec["image_size"]] * 2, interpolation=cv2.INTER_LINEAR
+                                   if spec["image_size"] > image.shape[0] else cv2.INTER_AREA)
+            image = torch.from_numpy(image)[None]
             noise = torch.from_numpy(rng.standard_normal((1, spec["chunk"], spec["action_dim"]), np.float32))
             with torch.inference_mode():
                 chunk = _policy(image, torch.from_numpy(sim.state)[None], ids, mask, noise)[0].numpy()   # (C, A)
@@ -232,7 +237,7 @@ def run_jobs(jobs: list, workers: int, policy_folder: str | None, label: str):
             for future in tqdm(futures, desc=label, unit="episode", mininterval=2, disable=int(os.environ.get("RANK", 0)) > 0):
                 yield future.result()
         except BrokenProcessPool:
-            fail(f"a simulation process died at start or in an episode; {RENDERING} (MUJOCO_GL={os.environ['MUJOCO_GL']})")
+            fail(f"a simulation process died, see above; {RENDERING} (MUJOCO_GL={os.environ['MUJOCO_GL']})")
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -274,7 +279,8 @@ def refuse_pickles(path: Path):
     """A torch.export archive may carry pickled payloads, which run code when loaded: such a file is not opened."""
     try:
         with zipfile.ZipFile(path) as z:
-            configs = [json.loads(z.read(n)) for n in z.namelist() if n.endswith(("weights_config.json", "constants_config.json"))]
+            names = [n for n in z.namelist() if n.endswith(("weights_config.json", "constants_config.json"))]
+            configs = [json.loads(z.read(n)) for n in names]
     except (OSError, zipfile.BadZipFile) as e:
         fail(f"'{path}' is not a torch.export archive ({e})")
     if len(configs) != 2 or any(entry.get("use_pickle") for c in configs for entry in c["config"].values()):
@@ -292,8 +298,8 @@ def load_manifest(folder: Path) -> dict:
     refuse_pickles(folder / "policy.pt2")
     view = [n.removeprefix("metaworld_") for n in spec["datasets"] if n.startswith("metaworld_")]
     if not view:
-        fail(f"policy '{folder}' was trained on {spec['datasets']}, none of them a metaworld_CAMERA dataset")
-    return {**spec, "camera": view[0]}
+        fail(f"policy '{folder}' was trained on {list(spec['datasets'])}, none of them a metaworld_CAMERA dataset")
+    return {**spec, "camera": view[0], "source_size": spec["datasets"][f"metaworld_{view[0]}"]}
 
 
 def write_video(path: Path, result: dict):
@@ -318,7 +324,7 @@ def evaluate(cfg: Config):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = {}
     for t in cfg.tasks:
-        x = tokenizer(INSTRUCTIONS[t], padding="max_length", max_length=spec["text_len"], truncation=True)
+        x = tokenizer(INSTRUCTIONS[t], padding="max_length", max_length=spec["text_len"], truncation=True, padding_side="right")
         tokens[t] = (x["input_ids"], x["attention_mask"])
     seeds = range(1_000_000_000 + cfg.seed * 10_000, 1_000_000_000 + cfg.seed * 10_000 + cfg.episodes)
     jobs = [(policy_episode, t, s, cfg, spec, tokens, s == seeds[0]) for s in seeds for t in cfg.tasks]
@@ -351,6 +357,7 @@ def evaluate(cfg: Config):
 
 
 def write_json(path: Path, value: dict):
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=1))
     partial.rename(path)
@@ -371,6 +378,8 @@ def compare(cfg: Config):
     tasks = list(next(iter(arms.values()))["tasks"])
     if odd := [n for n, a in arms.items() if list(a["tasks"]) != tasks]:
         fail(f"--compare: '{odd[0]}' was evaluated on other tasks than '{next(iter(arms))}'")
+    if len({tuple(a["evaluation_seeds"]) for a in arms.values()}) > 1:
+        fail(f"--compare: evaluation seeds differ: { {n: a['evaluation_seeds'] for n, a in arms.items()} }")
     print("success rate [95% interval]".ljust(28) + "".join(n.ljust(20) for n in arms))
     for t in tasks:
         cells = (a["tasks"][t] for a in arms.values())
@@ -384,6 +393,8 @@ def main(cfg: Config):
         fail(f"unknown task '{unknown[0]}'; known: {', '.join(INSTRUCTIONS)}")
     if cfg.camera not in CAMERAS:
         fail(f"unknown camera '{cfg.camera}'; known: {', '.join(CAMERAS)}")
+    if not 0 <= cfg.seed < 100_000:
+        fail(f"--seed {cfg.seed} must be in 0..99999, so that recording and evaluation share no environment seed")
     if not 1 <= cfg.episodes <= 3000:
         fail(f"--episodes {cfg.episodes} must be in 1..3000 (a block of 10,000 seeds, two thirds of them spare)")
     if cfg.max_steps > 500:

@@ -7,8 +7,8 @@
     python vla.py --resume runs/vla/last.pt ...                                          # --export-only: just stage2/
 
 In: RLDS episodes through data_oxe.py (no actions), and laq.pt2, which labels every batch as it comes.
-Out, in OUT: stage2/ (trunk/ and tokenizer/ as transformers saves them, heads.safetensors, manifest.json `smolvla_shared.v1`), last.pt,
-metrics.jsonl.
+Out, in OUT: stage2/ (trunk/ and tokenizer/ as transformers saves them, heads.safetensors, manifest.json
+`smolvla_shared.v1`), last.pt, metrics.jsonl.
 
 The head is a flow-matching model of the latent vectors given one readout token of the trunk (SmolVLA,
 arXiv 2506.01844; LAPA, 2410.11758). `accuracy` is that of the codes nearest to the expected latent, on held-out episodes,
@@ -20,6 +20,7 @@ import base64
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -208,12 +209,13 @@ class Tokens:
 
     def __init__(self, tokenizer, length: int):
         self.tokenizer, self.length, self.cache = tokenizer, length, {}
+        tokenizer.padding_side = "right"                # kept by save_pretrained, so that a robot pads alike
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
     def __call__(self, texts: list[str], device):
         for s in set(texts) - self.cache.keys():
-            x = self.tokenizer(s, padding="max_length", max_length=self.length, truncation=True, padding_side="right")
+            x = self.tokenizer(s, padding="max_length", max_length=self.length, truncation=True)
             self.cache[s] = (x["input_ids"], x["attention_mask"])
         ids, mask = zip(*(self.cache[s] for s in texts))
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
@@ -227,7 +229,8 @@ def whiten(codebook: torch.Tensor) -> torch.Tensor:
     whichever code is short; here distinct codes are about equally far apart.
     """
     K, D = codebook.shape[1:]
-    u, _, _ = torch.linalg.svd(codebook - codebook.mean(1, keepdim=True), full_matrices=False)
+    u, s, _ = torch.linalg.svd(codebook - codebook.mean(1, keepdim=True), full_matrices=False)
+    u = u * (s > 1e-4 * s[:, :1])[:, None]              # equal codes leave directions without meaning
     return u[..., :min(K - 1, D)] * K ** 0.5
 
 
@@ -284,6 +287,9 @@ def fail(message: str):
 def setup(cfg) -> tuple[int, int, torch.device]:
     """Joins torchrun's process group if there is one; checks what all stages share. -> rank, world size, device."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("batch_size", "eval_every", "eval_batches", "save_every", "log_every"):
+        if getattr(cfg, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
     if cfg.batch_size % world:
         fail(f"--batch-size {cfg.batch_size} is not divisible by the {world} processes; "
              f"{cfg.batch_size // world * world or world} would be")
@@ -333,10 +339,14 @@ def save_checkpoint(cfg, step: int, model: nn.Module, optimizer, loader):
 
 def load_checkpoint(cfg, model: nn.Module, optimizer, loader) -> int:
     """Restores all of save_checkpoint. Exits, naming the fields, when the run would not be the same. -> step"""
-    state = torch.load(cfg.resume, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(cfg.resume, map_location="cpu", weights_only=True)
+        stored = state["config"]
+    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as e:
+        fail(f"--resume '{cfg.resume}' is not a checkpoint of this script ({type(e).__name__}); give OUT/last.pt")
     free = {"out", "data", "resume", "export_only", "wandb", "eval_every", "save_every", "log_every", "compile"}
-    differ = [f"{f.name} was {state['config'].get(f.name)!r}, is {getattr(cfg, f.name)!r}" for f in fields(cfg)
-              if f.name not in free and state["config"].get(f.name) != getattr(cfg, f.name)]
+    differ = [f"{f.name} was {stored.get(f.name)!r}, is {getattr(cfg, f.name)!r}" for f in fields(cfg)
+              if f.name not in free and stored.get(f.name) != getattr(cfg, f.name)]
     if differ:
         fail(f"--resume '{cfg.resume}' is of another run: {'; '.join(differ)}")
     model.load_state_dict(state["model"])
@@ -386,20 +396,20 @@ class StopFlag:
     """Ctrl-C and SIGTERM ask for a checkpoint at the next step, on all ranks at once; a second signal kills."""
 
     def __init__(self):
-        self.signal = 0
+        self.received = self.signal = 0                 # by this process; agreed on by all of them
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.catch)
 
     def catch(self, number, frame):
-        if self.signal:
+        if self.received:
             raise SystemExit(128 + number)
-        self.signal = number
+        self.received = number
 
     def __call__(self, device) -> bool:
+        flag = torch.tensor(self.received, device=device)
         if dist.is_initialized():
-            flag = torch.tensor(self.signal, device=device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.signal = int(flag)
+        self.signal = int(flag)
         return bool(self.signal)
 
 
@@ -413,7 +423,8 @@ def refuse_pickles(path: Path):
     """A torch.export archive may carry pickled payloads, which run code when loaded: such a file is not opened."""
     try:
         with zipfile.ZipFile(path) as z:
-            configs = [json.loads(z.read(n)) for n in z.namelist() if n.endswith(("weights_config.json", "constants_config.json"))]
+            names = [n for n in z.namelist() if n.endswith(("weights_config.json", "constants_config.json"))]
+            configs = [json.loads(z.read(n)) for n in names]
     except (OSError, zipfile.BadZipFile) as e:
         fail(f"'{path}' is not a torch.export archive ({e})")
     if len(configs) != 2 or any(entry.get("use_pickle") for c in configs for entry in c["config"].values()):
@@ -443,10 +454,13 @@ def load_labeller(path: str, device):
 
 
 def publish(partial: Path, final: Path):
-    """Replaces a hand-over folder in one rename."""
+    """Puts a finished hand-over folder in place; an older one is whole until then."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(old)
     partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def export(model: LatentPolicy, cfg: Config, step: int, tokenizer, labeller: dict):
@@ -508,8 +522,10 @@ def main(cfg: Config):
     model = LatentPolicy(cfg, trunk, codebook).to(device)
     optimizer = make_optimizer(cfg, model, device)
     start = load_checkpoint(cfg, model, optimizer, loader) if cfg.resume else 0
+    if not torch.allclose(model.latents.cpu(), whiten(codebook), atol=1e-4):
+        fail(f"--resume '{cfg.resume}' was trained on another labeller than '{cfg.laq_ckpt}': their codebooks differ")
     if cfg.export_only:
-        return export(model, cfg, start, tokenizer, laq_manifest)
+        return export(model, cfg, start, tokenizer, laq_manifest) if rank == 0 else None
     train = DDP(model, broadcast_buffers=False) if world > 1 else model
     train = torch.compile(train) if cfg.compile else train
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")

@@ -1,5 +1,6 @@
 # Sourced by demo.sh, tests/run.sh and the Slurm scripts from the repository root: checks the system, makes .venv, installs.
-if ! ldconfig -p | grep -q 'libEGL\.so\.1' || ! ldconfig -p | grep -qE 'libEGL_(mesa|nvidia)\.so\.0' \
+libraries=$(PATH=$PATH:/sbin:/usr/sbin ldconfig -p)
+if ! grep -q 'libEGL\.so\.1' <<<"$libraries" || ! grep -qE 'libEGL_(mesa|nvidia)\.so\.0' <<<"$libraries" \
    || ! python3 -c 'import venv, ensurepip' 2>/dev/null; then
   echo "missing system packages; run: apt-get install -y python3-venv libegl1 libegl-mesa0 libgl1-mesa-dri" >&2
   exit 1

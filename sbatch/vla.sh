@@ -4,8 +4,8 @@
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@120
-#SBATCH --output=runs/%x-%j.log
+#SBATCH --signal=B:TERM@120
+#SBATCH --output=%x-%j.log
 # Submit from the repository root, where .venv is: sbatch sbatch/vla.sh. DATA: folder or bucket of NAME/VERSION datasets.
 # Slurm's SIGTERM leaves a checkpoint; submit again with RESUME=runs/vla/last.pt to go on. More nodes: start one torchrun
 # a node with srun and --rdzv-endpoint.
