@@ -196,7 +196,8 @@ class LAQ(nn.Module):
         pred, pred_flow = self.decoder(a, z + (q - z).detach())                  # straight-through
         moved = F.avg_pool2d((b - a).abs().amax(1, keepdim=True), 5, 1, 2)      # (B, 1, H, W) in 0..1
         weight = 1 + cfg.motion_weight * (4 * moved).clamp(max=1)
-        parts = {"pixel": (weight * (pred - b).abs()).sum() / (3 * weight.sum()),
+        weight = weight / weight.mean((1, 2, 3), keepdim=True)                  # samples count alike, in any batch
+        parts = {"pixel": (weight * (pred - b).abs()).mean(),
                  "codebook": F.mse_loss(q, z.detach()), "commit": F.mse_loss(z, q.detach())}
         loss = 10 * parts["pixel"] + parts["codebook"] + cfg.beta * parts["commit"]
         parts["flow"] = (F.adaptive_avg_pool2d(pred_flow, flow.shape[-2:]) - flow).abs().mean()

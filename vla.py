@@ -173,7 +173,8 @@ class FlowHead(nn.Module):
         t = 4 * t / (1 + 3 * t)
         noise = torch.randn_like(x)
         v = self(t[:, None] * noise + (1 - t[:, None]) * x, t, cond)
-        return ((v - (noise - x)).square() * weight).sum() / weight.sum().clamp(min=1)
+        error = ((v - (noise - x)).square() * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return error.mean()                             # of samples: the same whatever the split into processes
 
     def sample(self, cond, noise, steps: int):
         x = noise
