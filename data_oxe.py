@@ -33,6 +33,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")            # unused here, an
 os.environ.setdefault("GCS_READ_CACHE_BLOCK_SIZE_MB", "4")     # the default of 64 MB is held per open file
 import shutil
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -307,7 +308,7 @@ def _decode(size: int, same: bool):
 
 
 class Loader:
-    """Endless iterator of batches (module docstring). Deterministic by seed; every `iter()` starts at the position.
+    """Endless iterator of batches (module docstring). Deterministic by seed; `iter()` starts at the position.
     image_size 0 leaves out `frames`, for statistics.
 
     data: folder or gs:// bucket that holds NAME/VERSION; mix: 'name:weight,...'; split: 'train' or 'val'.
@@ -344,8 +345,17 @@ class Loader:
         self._threads = threads
 
     def __iter__(self):
+        for batch in self._batches(self.position):
+            self.position += 1
+            yield batch
+
+    def first(self, n: int):
+        """The stream's first n batches, the same at every call; the position does not move. For validation."""
+        return islice(self._batches(0), n)
+
+    def _batches(self, position: int):
         # skip() stands before the decoder: resuming reads the stream again from its start, but decodes none of it
-        ds = self._encoded.skip(self.position * self.batch_size)
+        ds = self._encoded.skip(position * self.batch_size)
         ds = ds.map(self._decode, num_parallel_calls=self._threads).batch(self.batch_size, drop_remainder=True).prefetch(2)
         options = tf.data.Options()
         options.autotune.enabled = False                        # autotune grows buffers until memory ends
@@ -353,7 +363,6 @@ class Loader:
         options.threading.private_threadpool_size = self._threads
         options.threading.max_intra_op_parallelism = 1
         for batch in ds.with_options(options):
-            self.position += 1
             batch = {k: v.numpy() for k, v in batch.items()}
             batch["instruction"] = [s.decode("utf-8", "replace") for s in batch["instruction"]]
             yield batch
@@ -448,7 +457,7 @@ def inspect(data: str = "data", mix: str = "metaworld_corner4", image_size: int 
     for name, c in loader.counts.items():
         print(f"{name}: {c['train']} train + {c['val']} val episodes, pairs {loader.horizon[name]['steps']} steps "
               f"({loader.horizon[name]['seconds']:.2f} s) apart")
-    rows = [b for _, b in zip(range(batches), loader)]
+    rows = list(loader.first(batches))
     for key in rows[0]:
         if key == "instruction":
             texts = sorted({s for b in rows for s in b[key]})

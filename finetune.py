@@ -24,7 +24,6 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -483,7 +482,7 @@ def export(model: Policy, cfg: Config, step: int, tokenizer, loader, pretraining
 # ---------------------------------------------------------------------------------------------- evaluation
 def statistics(loader, how: str, batches: int = 32) -> dict:
     """Shift and scale of actions and state from the labelled training episodes, {'action_shift': (A,), ...}."""
-    rows = [b for _, b in zip(range(batches), loader)]
+    rows = list(loader.first(batches))
     actions = np.concatenate([b["actions"][b["action_mask"]] for b in rows])                # (samples, A)
     out = {}
     for name, x in {"action": actions, "state": np.concatenate([b["state"] for b in rows])}.items():
@@ -503,7 +502,7 @@ def evaluate(model: Policy, cfg: Config, loader, tokens, device) -> dict:
     """On held-out episodes: flow loss, and mean absolute error of sampled actions beside that of the mean action."""
     model.eval()
     losses, error, constant, n = [], 0.0, 0.0, 0
-    for i, batch in enumerate(islice(iter(loader), cfg.eval_batches)):
+    for i, batch in enumerate(loader.first(cfg.eval_batches)):
         torch.manual_seed(i)
         inputs, actions, mask = to_inputs(batch, model, tokens, device)
         losses.append(model(*inputs, actions, mask).item())
@@ -511,7 +510,6 @@ def evaluate(model: Policy, cfg: Config, loader, tokens, device) -> dict:
         error += (model.act(*inputs, noise) - actions)[mask].abs().mean(1).sum().item()
         constant += (actions - actions[mask].mean(0))[mask].abs().mean(1).sum().item()      # knows the answers' mean
         n += int(mask.sum())
-    loader.position = 0
     model.train()
     return {"loss": np.mean(losses), "action_error": error / n, "action_error_mean_action": constant / n}
 

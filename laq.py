@@ -26,7 +26,6 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -214,7 +213,7 @@ class LAQ(nn.Module):
 
     @torch.no_grad()
     def reseed(self, z, everything: bool = False):
-        """Moves codes used less than a tenth of their share onto encoder outputs z (B, S, D); the same on every rank."""
+        """Moves codes used less than a tenth of their share onto encoder outputs z (B, S, D), rank 0's on every rank."""
         dead = self.usage < 0.1 / self.cfg.codes                                # (S, K)
         if everything:
             dead = torch.ones_like(dead)
@@ -408,7 +407,7 @@ def evaluate(model: LAQ, cfg: Config, val_loader, probe_loader, device) -> dict:
     def collect(loader):
         out = {"vectors": [], "diff": [], "action": [], "codes": []}
         err = np.zeros(3)
-        for batch in islice(iter(loader), cfg.eval_batches):
+        for batch in loader.first(cfg.eval_batches):
             frames = torch.from_numpy(batch["frames"]).to(device)
             codes, q = model.encode(frames)
             a, b = model.to_float(frames).unbind(1)
@@ -417,7 +416,6 @@ def evaluate(model: LAQ, cfg: Config, val_loader, probe_loader, device) -> dict:
             for key, value in dict(vectors=q.flatten(1), codes=codes, diff=(b - a).mean((2, 3))).items():
                 out[key].append(value.cpu().numpy())
             out["action"].append(batch["action_sum"][:, loader.motion_dims])
-        loader.position = 0
         return {k: np.concatenate(v) for k, v in out.items()}, -10 * np.log10(err / cfg.eval_batches)
 
     fit, _ = collect(probe_loader)
@@ -444,8 +442,7 @@ def picture(model: LAQ, cfg: Config, val_loader, device, columns: int = 8):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    frames = torch.from_numpy(next(iter(val_loader))["frames"][:columns]).to(device)
-    val_loader.position = 0
+    frames = torch.from_numpy(next(val_loader.first(1))["frames"][:columns]).to(device)
     codes, q = model.encode(frames)
     a, b = model.to_float(frames).unbind(1)
     rows = {"frame t": a, "true t+k": b, "predicted": model.decoder(a, q)[0],
@@ -480,8 +477,7 @@ def export(model: LAQ, cfg: Config, step: int, loader):
     """OUT/laq.pt2: the frozen labeller as a torch.export program (float32, CPU), with manifest, codebook and probe."""
     labeller = Labeller(copy.deepcopy(model).float().cpu().eval())
     labeller.model.decoder = None
-    probe = torch.from_numpy(next(iter(loader))["frames"][:4].copy())
-    loader.position = 0
+    probe = torch.from_numpy(next(loader.first(1))["frames"][:4].copy())
     batch = torch.export.Dim("B", min=1, max=65536)
     program = torch.export.export(labeller, (probe,), dynamic_shapes=({0: batch},))
     codes, _ = labeller(probe)
@@ -515,8 +511,7 @@ def main(cfg: Config):
         return export(model, cfg, start, val_loader) if rank == 0 else None
     if start == 0:                                                              # codes start on encoder outputs
         step_seed(cfg, 0, 0, 1)
-        first = torch.from_numpy(next(iter(probe_loader))["frames"]).to(device)
-        probe_loader.position = 0
+        first = torch.from_numpy(next(probe_loader.first(1))["frames"]).to(device)
         with torch.no_grad():
             model.reseed(model.features(first), everything=True)
     train = DDP(model, broadcast_buffers=False) if world > 1 else model
@@ -543,16 +538,16 @@ def main(cfg: Config):
         flow = optical_flow(frames.numpy()) if cfg.flow_weight else torch.zeros(local, 2, 1, 1)
         frames, flow = frames.to(device, non_blocking=True), flow.to(device, non_blocking=True)
         pieces = [slice(i, i + micro) for i in range(0, local, micro)]
-        total, used = 0.0, []
+        total, codes, z = 0.0, [], []
         for piece in pieces:
             if world > 1:
                 train.require_backward_grad_sync = piece is pieces[-1]
             with amp:
-                loss, parts, codes, z = train(frames[piece], flow[piece])
+                loss, parts, *outputs = train(frames[piece], flow[piece])
             (loss / len(pieces)).backward()
             total += loss.detach() / len(pieces)
-            used.append(codes)
-        model.track_usage(torch.cat(used))
+            codes, z = [*codes, outputs[0]], [*z, outputs[1]]
+        model.track_usage(torch.cat(codes))
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         if not torch.isfinite(norm):
             fail(f"gradient norm {norm.item()} at step {step}, episodes {batch['episode'].tolist()}; "
@@ -560,7 +555,7 @@ def main(cfg: Config):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % cfg.reseed_every == 0 and step < 0.8 * cfg.steps:
-            model.reseed(z)
+            model.reseed(torch.cat(z))
         if log.on:
             log.bar.update()
         if step % cfg.log_every == 0:

@@ -27,7 +27,6 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -487,7 +486,7 @@ def evaluate(model: LatentPolicy, cfg: Config, loader, labeller, tokens, laq_siz
     """On held-out episodes: flow loss, accuracy of the nearest codes, and that of the most frequent code."""
     model.eval()
     predicted, truth, losses = [], [], []
-    for i, batch in enumerate(islice(iter(loader), cfg.eval_batches)):
+    for i, batch in enumerate(loader.first(cfg.eval_batches)):
         torch.manual_seed(i)
         frames = torch.from_numpy(batch["frames"]).to(device)
         codes, _ = labeller(resize(frames, laq_size))
@@ -495,7 +494,6 @@ def evaluate(model: LatentPolicy, cfg: Config, loader, labeller, tokens, laq_siz
         losses.append(model(images, ids, mask, codes).item())
         predicted.append(model.predict(images, ids, mask).cpu().numpy())
         truth.append(codes.cpu().numpy())
-    loader.position = 0
     model.train()
     predicted, truth = np.concatenate(predicted), np.concatenate(truth)                     # (samples, S)
     majority = np.mean([np.bincount(c).max() / len(c) for c in truth.T])                    # knows the answers' counts
