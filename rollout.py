@@ -161,9 +161,12 @@ _policy = None
 def start_worker(policy_folder: str | None):
     """Runs once in each worker. A renderer that cannot start ends the worker, which the parent reports."""
     global _policy
-    import mujoco
-    context = mujoco.GLContext(64, 64)
-    context.free()
+    try:
+        import mujoco
+        mujoco.GLContext(64, 64).free()
+    except Exception as e:                                             # bindings fail in many ways, all for one reason
+        print(f"no renderer: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
+        os._exit(1)
     if policy_folder:
         import torch
         torch.set_num_threads(1)
