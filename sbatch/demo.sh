@@ -8,8 +8,9 @@ source sbatch/env.sh
 
 if [ "${DEMO:-full}" = smoke ]; then
   OUT=runs/smoke EPISODES=4 LAQ=20 VLA=20 FINETUNE=20 ROLLOUTS=1 SMALL="--eval-batches 1" MAX_STEPS=60
+  TASKS="--tasks drawer-open faucet-close"
 else
-  OUT=runs/demo EPISODES=30 LAQ=600 VLA=600 FINETUNE=200 ROLLOUTS=20 SMALL="" MAX_STEPS=200
+  OUT=runs/demo EPISODES=30 LAQ=600 VLA=600 FINETUNE=200 ROLLOUTS=20 SMALL="" MAX_STEPS=200 TASKS=""
 fi
 DATA=$OUT/data
 POLICY="--data $DATA --episodes-per-task 2 --no-use-state --steps $FINETUNE --eval-every $FINETUNE $SMALL"
@@ -23,7 +24,8 @@ step() { # step NAME RESULT COMMAND...: runs the command unless RESULT is there
   "$@"
 }
 
-step "record scripted experts" $DATA/metaworld_corner4/1.0.0 python rollout.py --record --data $DATA --episodes $EPISODES
+step "record scripted experts" $DATA/metaworld_corner4/1.0.0 python rollout.py --record --data $DATA --episodes $EPISODES \
+  $TASKS
 step "latent action quantizer" $OUT/laq/laq.pt2 \
   python laq.py --data $DATA --out $OUT/laq --steps $LAQ --eval-every $((LAQ / 2)) $SMALL
 step "control: random quantizer" $OUT/laq_random/laq.pt2 python laq.py --data $DATA --out $OUT/laq_random --steps 0 $SMALL
@@ -36,7 +38,7 @@ declare -A INIT=([latent]="$OUT/vla/stage2" [none]="none" [random]="$OUT/vla_ran
 for arm in latent none random blind; do
   step "fine-tune: $arm" $OUT/$arm/policy/manifest.json python finetune.py --init ${INIT[$arm]} --out $OUT/$arm $POLICY
   step "roll out: $arm" $OUT/$arm/rollout/results.json python rollout.py --policy $OUT/$arm/policy \
-    --episodes $ROLLOUTS --max-steps $MAX_STEPS --out $OUT/$arm/rollout
+    --episodes $ROLLOUTS --max-steps $MAX_STEPS --out $OUT/$arm/rollout $TASKS
 done
 
 echo
