@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 source sbatch/env.sh
 
 if [ "${DEMO:-full}" = smoke ]; then
-  OUT=runs/smoke EPISODES=4 LAQ=20 VLA=20 FINETUNE=20 ROLLOUTS=1 SMALL="--eval-batches 1" MAX_STEPS=60
+  OUT=runs/smoke EPISODES=4 LAQ=8 VLA=8 FINETUNE=8 ROLLOUTS=1 SMALL="--eval-batches 1" MAX_STEPS=60
   TASKS="--tasks drawer-open faucet-close"
 else
   OUT=runs/demo EPISODES=30 LAQ=600 VLA=600 FINETUNE=200 ROLLOUTS=20 SMALL="" MAX_STEPS=200 TASKS=""
