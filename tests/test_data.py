@@ -1,0 +1,372 @@
+"""data_oxe.py on small datasets in the true schemas: CPU, offline. TFDS's own reader says what is right."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data_oxe  # noqa: E402
+
+SPECIAL = {"kuka": "'/' in keys, ZLIB states", "bc_z": "chunks of actions, integers", "bridge": "bool gripper, first step",
+           "language_table": "tokens", "droid": "three instructions, float64", "vima_converted_externally_to_rlds": "raw pixels",
+           "berkeley_autolab_ur5": "scalar gripper", "roboturk": "no state", "tidybot": "no action",
+           "nyu_franka_play_dataset_converted_externally_to_rlds": "dropped dimensions"}
+PICTURES = {kind: data_oxe.fake_frames(12, 24, kind) for kind in ("jpeg", "png")}
+
+
+def fake(folder, name, episodes=4, length=12, seed=0, **changes):
+    """The named dataset, small; `changes` to its entry take effect on disk only."""
+    entry = replace(data_oxe.REGISTRY[name], **changes)
+    kind = entry.frame.split()[1]
+    data_oxe.write_fake(str(folder), name, entry, episodes, length, PICTURES["jpeg" if kind == "jpeg" else "png"], seed)
+    return entry
+
+
+def take(loader, n):
+    return [b for _, b in zip(range(n), loader)]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="session")
+def oxe(tmp_path_factory):
+    """Every dataset of the registry, four episodes of twelve steps, pictures of 24 px."""
+    folder = tmp_path_factory.mktemp("oxe")
+    for i, name in enumerate(data_oxe.REGISTRY):
+        fake(folder, name, length=24 if data_oxe.REGISTRY[name].offset > 5 else 12, seed=i)
+    return folder
+
+
+def dig(step, key):
+    outer, _, inner = key.partition("/")
+    return step[outer][inner] if inner else step[outer]
+
+
+# ------------------------------------------------------------------------------------------------ schemas and pairs
+@pytest.mark.parametrize("name", SPECIAL)
+def test_a_schema_reads_as_tfds_reads_it(name, oxe):
+    entry, k = data_oxe.REGISTRY[name], data_oxe.REGISTRY[name].offset
+    loader = data_oxe.Loader(str(oxe), name, "train", 12, 24, chunk=3, val_fraction=0.25)
+    batch = next(iter(loader))
+    builder = tfds.builder_from_directory(f"{oxe}/{name}/{entry.version}")
+    episodes = [list(e["steps"]) for e in builder.as_dataset(split="train", shuffle_files=False)]
+    columns = lambda spec, step: np.concatenate([
+        np.ravel(dig(step, key))[[c != "-" for c in kinds]] for key, kinds in data_oxe.columns_of(spec)] or [np.zeros(0)])
+    kinds = data_oxe.kinds_of(entry.action)
+    assert set(batch["episode"]) <= {0, 1, 2} and len(set(batch["step"])) > 2
+    for i, (e, t) in enumerate(zip(batch["episode"], batch["step"])):
+        steps = episodes[e]
+        assert entry.first <= t < len(steps) - k
+        assert np.array_equal(batch["frames"][i], [dig(steps[t], entry.image), dig(steps[t + k], entry.image)])
+        assert batch["instruction"][i] == (f"instruction of {name}" if entry.instruction else "")
+        actions = np.array([columns(entry.action, s) for s in steps], np.float32)
+        n = batch["action_mask"][i].sum()
+        assert n == min(3, len(steps) - t)
+        np.testing.assert_allclose(batch["actions"][i, :n], actions[t:t + n], atol=1e-6)
+        done = {"d": actions[t:t + k].sum(0), "v": actions[t:t + k].sum(0) / (entry.hz or 1), "p": actions[t + k] - actions[t],
+                "g": actions[t + k - 1], "u": actions[t + k - 1]}
+        np.testing.assert_allclose(batch["action_sum"][i], [done[c][j] for j, c in enumerate(kinds)], atol=1e-4)
+        np.testing.assert_allclose(batch["state"][i], columns(entry.state, steps[t]), atol=1e-6)
+        assert batch["has_action"][i] == bool(kinds)
+
+
+def test_the_whole_registry_and_the_mixes(oxe):
+    """All datasets in one mix: each is there, weights hold, narrow ones are padded; the mixes name known datasets."""
+    for mix, count in {"oxe29": 29, "oxe_magic_soup": 23, "oxe_magic_soup_plus": 27, "octo_magic_soup": 25, "rtx": 10}.items():
+        assert len(data_oxe.parse_mix(mix)) == count and set(data_oxe.parse_mix(mix)) <= set(data_oxe.REGISTRY)
+    facts = [n for n in data_oxe.REGISTRY if not n.startswith("metaworld")]
+    loader = data_oxe.Loader(str(oxe), ",".join(facts), "train", 60, 16, shuffle_mb=4)
+    batches = take(loader, 20)
+    assert len(facts) == 60 and set(np.concatenate([b["dataset"] for b in batches])) == set(range(60))
+    assert batches[0]["frames"].shape == (60, 2, 16, 16, 3) and batches[0]["state"].shape == (60, loader.state_dim)
+    d, state = batches[0]["dataset"], batches[0]["state"]
+    narrow = [i for i in range(60) if len(data_oxe.kinds_of(data_oxe.REGISTRY[facts[d[i]]].state)) < 10]
+    assert not state[narrow, 10:].any() and state[:, :6].any()
+    mix = data_oxe.Loader(str(oxe), "bridge:6,viola:2,toto:2", "train", 100, 0, shuffle_mb=1)
+    share = np.bincount(np.concatenate([b["dataset"] for b in take(mix, 30)])) / 3000
+    assert abs(share - [0.6, 0.2, 0.2]).max() < 0.05 and mix.share == pytest.approx({"bridge": 0.6, "viola": 0.2, "toto": 0.2})
+    assert data_oxe.Loader(str(oxe), "bridge:6,viola:2", "train", 1, 0, weights="equal").share["viola"] == 0.5
+    by_frames = data_oxe.Loader(str(oxe), "bridge,language_table", "train", 1, 0, weights="proportionate").share
+    assert by_frames["language_table"] == pytest.approx(2 / 3)                          # 24 steps against 12
+
+
+def test_oxe29_in_bounded_memory(oxe):
+    """The 29-dataset mix in a process of its own: threads, memory and the time to the first batch."""
+    code = ("import sys, time, data_oxe as d; t = time.time(); l = d.Loader(sys.argv[1], 'oxe29', 'train', 32, 24); it = iter(l);"
+            "next(it); print(time.time() - t); [next(it) for _ in range(30)]; print(d.status('VmHWM'), d.status('Threads'))")
+    p = subprocess.run([sys.executable, "-c", code, str(oxe)], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    first, memory, threads = map(float, p.stdout.split())
+    assert memory < 1000 and threads <= 16 and first < 12, p.stdout                     # 3 s on an idle machine
+
+
+def test_pairs_all_trimmed_in_seconds_and_moving(tmp_path):
+    fake(tmp_path, "viola", length=30)                                                  # 20 Hz
+    loader = data_oxe.Loader(str(tmp_path), "viola", "train", 9, 24, pairs_per_episode=0, horizon_s=0.5, trim=(3, 2),
+                             val_fraction=0.0, shuffle_mb=0.5)
+    assert loader.horizon == {"viola": {"steps": 10, "seconds": 0.5}}
+    epoch = {(int(e), int(t)) for b in take(loader, 40) for e, t in zip(b["episode"], b["step"])}
+    assert epoch == {(e, t) for e in range(4) for t in range(3, 18)}                    # t + 10 < 30 - 2
+    few = data_oxe.Loader(str(tmp_path), "viola", "train", 8, 24, pairs_per_episode=2, val_fraction=0.0)
+    assert few.plans[0].pairs == 2
+    frames = [PICTURES["png"][0]] * 15 + PICTURES["png"][:8] + [PICTURES["png"][7]] * 7  # still, moving, still
+    data_oxe.write_fake(str(tmp_path), "toto", data_oxe.REGISTRY["toto"], 2, 30, frames)
+    moving = data_oxe.Loader(str(tmp_path), "toto", "train", 16, 24, pairs_per_episode=0, val_fraction=0, min_motion=1.0)
+    assert {int(t) for b in take(moving, 10) for t in b["step"]} == set(range(11, 22))
+
+
+def test_pictures_of_every_size(tmp_path):
+    """resize=gpu hands over what was recorded and to() resizes; a large JPEG is decoded small."""
+    shades = np.linspace(0, 255, 96 * 128 * 3).reshape(96, 128, 3).astype(np.uint8)
+    data_oxe.write_fake(str(tmp_path), "bridge", data_oxe.REGISTRY["bridge"], 2, 9, [tf.io.encode_png(shades).numpy()])
+    data_oxe.write_fake(str(tmp_path), "kuka", data_oxe.REGISTRY["kuka"], 2, 9, [tf.io.encode_jpeg(shades, quality=100).numpy()])
+    expected = cv2.resize(shades, (24, 24), interpolation=cv2.INTER_AREA).astype(float)
+    for mix in ("bridge", "kuka"):
+        frames = next(iter(data_oxe.Loader(str(tmp_path), mix, "train", 4, 24)))["frames"]
+        assert abs(frames - expected).mean() < 4
+    native = data_oxe.Loader(str(tmp_path), "bridge", "train", 4, 24, resize="gpu")
+    assert np.array_equal(next(iter(native))["frames"][0, 1], shades)
+    both = data_oxe.Loader(str(tmp_path), "bridge,kuka", "train", 8, 24, resize="gpu")
+    assert {x.shape[1:] for x in next(iter(both))["frames"]} == {(96, 128, 3), (24, 32, 3)}
+    batch = next(both.to("cpu"))
+    assert batch["frames"].shape == (8, 2, 24, 24, 3) and batch["frames"].dtype == torch.uint8
+    assert abs(batch["frames"].float().numpy() - expected).mean() < 4
+
+
+def test_batches_are_views_and_the_thread_gives_the_same(oxe):
+    make = lambda: data_oxe.Loader(str(oxe), "bridge,kuka", "train", 8, 24, shuffle_mb=0.1)
+    plain, ahead = make(), make()
+    for a, b in zip(take(plain, 5), take(ahead.to("cpu"), 5)):
+        assert all(np.array_equal(a[k], b[k]) for k in a) and isinstance(b["frames"], torch.Tensor)
+        assert torch.from_numpy(a["frames"]).data_ptr() == a["frames"].ctypes.data and a["frames"].flags.writeable
+    assert plain.state_dict() == ahead.state_dict()                                     # not the position of the batch ahead
+    bad = data_oxe.Loader(str(oxe), "bridge", "train", 8, 24, max_bad=0)
+    bad._report = lambda *a: (_ for _ in ()).throw(ValueError("x"))
+    next(bad.to("cpu"))                                                                 # leaves no thread behind
+    time.sleep(0.5)
+    import threading
+    assert threading.active_count() < 5
+
+
+# ------------------------------------------------------------------------------------------------ splits, ranks, resume
+def test_splits_subsets_and_ranks(oxe, tmp_path):
+    fake(tmp_path, "toto", episodes=30)                                                 # two files
+    make = lambda split="train", **k: data_oxe.Loader(str(tmp_path), "toto", split, 8, 0, **{"val_fraction": 0.2, **k})
+    seen = lambda loader: {int(e) for b in take(loader, 60) for e in b["episode"]}
+    train, val = seen(make()), seen(make("val"))
+    assert train == set(range(24)) and val == set(range(24, 30)) == seen(make("val", max_episodes=2))
+    assert seen(make(max_episodes=4)) == set(range(4)) and make(max_episodes=4).counts["toto"]["used"] == 4
+    assert seen(make(episodes_per_task=3)) == {0, 1, 2}
+    parts = [seen(make(rank=r, world=5)) for r in range(5)]                             # more ranks than files
+    assert set.union(*parts) == train and sum(map(len, parts)) == len(train)
+    assert seen(make("val", rank=1, world=5)) == val
+    held = dict(holdout="episode_metadata/file_path~scene_1/")                          # write_fake has three scenes
+    assert seen(make("val", **held)) == {e for e in range(30) if e % 3 == 1}
+    scenes = make(**held)
+    assert seen(scenes) == {e for e in range(30) if e % 3 != 1}
+    assert scenes.counts["toto"] == {"recorded": 30, "train": 20, "val": 10, "used": 20}
+    assert list((tmp_path / "toto/0.1.0").glob("nanolapa_*.json"))                      # remembered for the next start
+    with pytest.raises(SystemExit, match="no episodes left in split 'val'"):
+        make("val", holdout="instruction~nowhere")
+
+
+@pytest.mark.parametrize("mix, options", [("bridge:2,kuka,roboturk", {}), ("toto", {"pairs_per_episode": 0}),
+                                          ("droid,viola", {"rank": 1, "world": 2})])
+def test_resume_is_exact_and_small(mix, options, oxe):
+    make = lambda seed=0, **k: data_oxe.Loader(str(oxe), mix, "train", 7, 0, shuffle_mb=0.05, seed=seed, **{**options, **k})
+    whole = take(make(), 60)
+    assert make().block < 30                                                            # the run spans many blocks and epochs
+    for stop in (1, 13, 47):
+        first = make()
+        take(first, stop)
+        state = json.loads(json.dumps(first.state_dict()))
+        assert len(json.dumps(state)) < 4096
+        second = make()
+        second.load_state_dict(state)
+        for a, b in zip(whole[stop:], take(second, 10)):
+            assert same(a, b)
+    assert not same(whole[0], take(make(seed=1), 1)[0])
+    assert [same(a, b) for a, b in zip(make().first(2), whole)] == [True, True]
+    with pytest.raises(SystemExit, match="world was"):
+        make(world=4).load_state_dict(make().state_dict())
+
+
+# ------------------------------------------------------------------------------------------------ faults
+def records_of(path):
+    return [r.numpy() for r in tf.data.TFRecordDataset(str(path))]
+
+
+def rewrite(path, change):
+    """Passes every episode's Example of a file through change(number, example.features.feature)."""
+    records = records_of(path)
+    with tf.io.TFRecordWriter(str(path)) as w:
+        for i, record in enumerate(records):
+            example = tf.train.Example.FromString(record)
+            change(i, example.features.feature)
+            w.write(example.SerializeToString())
+
+
+def spoil(fault, path):
+    feature = {"image": "steps/observation/image", "text": "steps/observation/natural_language_instruction",
+               "action": "steps/action/world_vector"}
+    if fault == "truncated":                                                            # the last record of the file
+        path.write_bytes(path.read_bytes()[:-500])
+    elif fault == "corrupt":                                                            # record 5, and what comes after it
+        data, start = bytearray(path.read_bytes()), sum(len(r) + 16 for r in records_of(path)[:5])
+        data[start + 200] ^= 0xFF
+        path.write_bytes(data)
+    elif fault == "image":
+        def change(i, f):
+            if i == 3:
+                f[feature["image"]].bytes_list.value[:] = [x[:len(x) // 2] for x in f[feature["image"]].bytes_list.value]
+        rewrite(path, change)
+    elif fault == "text":
+        rewrite(path, lambda i, f: i == 3 and f[feature["text"]].bytes_list.value.__setitem__(slice(None), [b" "] * 12))
+    elif fault == "nan":
+        rewrite(path, lambda i, f: i == 3 and f[feature["action"]].float_list.value.__setitem__(4, float("nan")))
+    elif fault == "short":
+        def change(i, f):
+            if i == 3:
+                for x in f.values():
+                    kind = getattr(x, x.WhichOneof("kind"))
+                    del kind.value[len(kind.value) // 12 * 4:]
+        rewrite(path, change)
+
+
+@pytest.mark.parametrize("fault, says, lost", [
+    ("truncated", "unreadable", {9}), ("corrupt", "unreadable", {5, 6, 7, 8, 9}), ("image", "does not decode", set()),
+    ("text", "instruction is empty", {3}), ("nan", "not finite", {3}), ("short", "shorter than a frame pair", {3})])
+def test_a_fault_is_named_counted_and_skipped(fault, says, lost, tmp_path, capsys):
+    fake(tmp_path, "bridge", episodes=10)
+    path, = (tmp_path / "bridge/0.1.0").glob("*.tfrecord*")
+    spoil(fault, path)
+    make = lambda **k: data_oxe.Loader(str(tmp_path), "bridge", "train", 8, 24, val_fraction=0, shuffle_mb=0.05, **k)
+    loader = make(max_bad=0.5)
+    seen = {int(e) for b in take(loader, 30) for e in b["episode"]}
+    err = capsys.readouterr().err
+    bad = {int(line.split(", episode ")[1].split()[0]) for line in err.splitlines() if "skipped" in line}
+    assert says in err and str(path) in err and bad == (lost or {3}) and len(err.splitlines()) == len(bad)
+    assert seen == set(range(10)) - (lost or {3})
+    with pytest.raises(SystemExit, match="more than max_bad"):
+        take(make(), 30)
+    if fault == "image":                                                                # resuming past it is exact too
+        whole = take(make(max_bad=0.5), 20)
+        second = make(max_bad=0.5)
+        first = make(max_bad=0.5)
+        take(first, 11)
+        second.load_state_dict(first.state_dict())
+        assert all(same(a, b) for a, b in zip(whole[11:], take(second, 9)))
+    if fault == "text":
+        assert 3 in {int(e) for b in take(make(need_instruction=False), 30) for e in b["episode"]}
+
+
+def test_a_bucket_out_of_reach_is_said_so(monkeypatch):
+    def gone(path):
+        raise tf.errors.UnavailableError(None, None, "no route")
+    monkeypatch.setattr(tf.io.gfile, "exists", gone)
+    with pytest.raises(SystemExit, match="cannot reach 'gs://gresearch/robotics/bridge/0.1.0/features.json'.*check the network"):
+        data_oxe.Loader("gs://gresearch/robotics", "bridge", "train", 8, 24)
+
+
+# ------------------------------------------------------------------------------------------------ commands
+def test_commands(oxe, tmp_path, capsys):
+    data_oxe.list_datasets(str(oxe))
+    out = capsys.readouterr().out
+    assert "bridge  " in out and "train 4 episodes" in out and "mix oxe29: 29 datasets" in out
+    data_oxe.inspect(str(oxe), "bridge,tidybot", out=str(tmp_path), image_size=24, batches=2)
+    out = capsys.readouterr().out
+    assert "bridge: 4 episodes recorded, 4 train" in out.replace("3 train, 1 val", "4 train") and "50.0% of the pairs" in out
+    assert (tmp_path / "actions.png").stat().st_size > 5000 and (tmp_path / "contact_sheet.png").stat().st_size > 5000
+    data_oxe.stats(str(oxe), "bridge")
+    out = capsys.readouterr().out
+    episodes = tfds.builder_from_directory(f"{oxe}/bridge/0.1.0").as_dataset(split="train")
+    first = np.array([s["action"]["world_vector"][0] for e in episodes for s in e["steps"]])
+    assert f"[ 0] q01 {np.percentile(first, 1):10.4g}" in out and f"std {first.std():10.4g}" in out
+    cached, = (oxe / "bridge/0.1.0").glob("nanolapa_statistics*.json")
+    content = json.loads(cached.read_text())
+    content["content"]["actions"]["mean"][0] = 1234.5
+    cached.write_text(json.dumps(content))
+    data_oxe.stats(str(oxe), "bridge")
+    assert "mean       1234" in capsys.readouterr().out                                 # read from the cache
+    content["fingerprint"]["bytes"] += 1
+    cached.write_text(json.dumps(content))
+    data_oxe.stats(str(oxe), "bridge")
+    assert "1234" not in capsys.readouterr().out                                        # the data changed: read anew
+
+
+def write_video(path, shade, seconds=2.0, fps=30):
+    import av
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4" if path.suffix == ".mp4" else "vp8", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = 80, 48, "yuv420p"
+        for t in range(round(seconds * fps)):
+            image = np.full((48, 80, 3), shade, np.uint8)
+            image[:, 16 + t % 48:20 + t % 48] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def test_from_videos(tmp_path, capsys):
+    clips = tmp_path / "clips"
+    (clips / "b").mkdir(parents=True)
+    for i in range(6):
+        write_video(clips / (f"b/{i}.webm" if i == 5 else f"{i}.mp4"), 20 * i)
+    (clips / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "captions.csv").write_text("".join(f'{x},"push, {x}"\n' for x in ["0", "1", "2", "3.mp4", "4", "b/5", "broken"]))
+    args = [str(clips), "clips"], dict(data=str(tmp_path / "data"), captions=str(tmp_path / "captions.csv"), fps=10.0, size=32,
+                                       max_frames=15)
+    real, count = data_oxe.DatasetWriter.write, []
+
+    def interrupted(self, example):
+        count.append(1)
+        if len(count) == 6:
+            raise KeyboardInterrupt
+        real(self, example)
+    data_oxe.DatasetWriter.write = interrupted
+    per_shard, data_oxe.SHARD = data_oxe.SHARD, 2
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            data_oxe.from_videos(*args[0], **args[1])
+    finally:
+        data_oxe.DatasetWriter.write, data_oxe.SHARD = real, per_shard
+    assert not (tmp_path / "data/clips/1.0.0").exists()
+    data_oxe.from_videos(*args[0], **args[1])
+    out, err = capsys.readouterr()
+    assert "continuing" in out and "12 episodes of 6 videos, 1 skipped" in out and "skipped '" in err and "broken.mp4" in err
+    loader = data_oxe.Loader(str(tmp_path / "data"), "clips", "train", 8, 32, val_fraction=0)
+    batches = take(loader, 10)
+    assert loader.horizon["clips"] == {"steps": 5, "seconds": 0.5} and not batches[0]["has_action"].any()
+    assert {s for b in batches for s in b["instruction"]} == {f"push, {x}" for x in ["0", "1", "2", "3.mp4", "4", "b/5"]}
+    assert {int(e) for b in batches for e in b["episode"]} == set(range(12))
+    builder = tfds.builder_from_directory(str(tmp_path / "data/clips/1.0.0"))
+    lengths = {}
+    for e in builder.as_dataset(split="train"):
+        meta = e["episode_metadata"]
+        lengths[meta["file_path"].numpy().decode(), int(meta["start"])] = len(list(e["steps"]))
+    assert lengths == {(k, s): n for k in ["0.mp4", "1.mp4", "2.mp4", "3.mp4", "4.mp4", "b/5.webm"] for s, n in ((0, 10), (10, 10))}
+    with pytest.raises(SystemExit, match="have no caption"):
+        data_oxe.from_videos(str(clips), "more", data=str(tmp_path), captions=__file__)
+
+
+def test_an_interrupt_leaves_no_thread_that_hangs(oxe):
+    """Ctrl-C while the background thread reads: the process ends at once."""
+    code = ("import sys, data_oxe as d\nfor b in d.Loader(sys.argv[1], 'bridge', 'train', 8, 24).to('cpu'): print('x', flush=True)")
+    p = subprocess.Popen([sys.executable, "-c", code, str(oxe)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    p.stdout.readline()
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=30)
+    assert "KeyboardInterrupt" in err and "terminate called" not in err
