@@ -664,6 +664,11 @@ class Loader:
                  val_fraction: float = 0.1, holdout: str = "", max_episodes: int = 0, episodes_per_task: int = 0,
                  max_bad: float = 0.001, shuffle_mb: float = 64.0, threads: int = 2, seed: int = 0, rank: int = 0,
                  world: int = 1):
+        if resize not in ("cpu", "gpu"):
+            fail(f"resize '{resize}' must be cpu or gpu")
+        if pairs_per_episode < 0 or min(trim) < 0 or not 0 <= max_bad <= 1 or not 0 <= val_fraction < 1:
+            fail(f"pairs_per_episode {pairs_per_episode} and trim {trim} must not be negative, max_bad {max_bad} and "
+                 f"val_fraction {val_fraction} be shares")
         given = parse_mix(mix)
         self.plans = [make_plan(data, n, split, horizon_s, pairs_per_episode, trim, val_fraction, holdout, max_episodes,
                                 episodes_per_task, rank, world) for n in given]
@@ -1407,12 +1412,12 @@ def naive(data: str, mix: str, batch_size: int, N: int = 8):
         yield np.stack([buffer.pop() for _ in range(batch_size)])
 
 
-def bench(data: str = "runs/bench", mix: str = "oxe29", fake: str = "", pairs: int = 3200, batch_size: int = 32,
+def bench(data: str = "runs/bench", mix: str = "oxe29", fake: str = "", pairs: int = 6400, batch_size: int = 32,
           size: int = 224, repeats: int = 3, memory_batches: int = 0, out: str = "runs/bench"):
     """Loader against the raw limit (the same pictures, in memory, only decoded) and a naive loader, on this machine.
 
-    --fake oxe29 first writes that mix's datasets into --data: their schemas, random numbers, 256x256 JPEG pictures, 16
-    episodes of 64 steps each. Rows are processes of their own, taken in turns; medians of --repeats. The loader runs
+    --fake oxe29 first writes that mix's datasets into --data: their schemas, random numbers, 256x256 JPEG pictures, 48
+    episodes of 40 steps each. Rows are processes of their own, taken in turns; medians of --repeats. The loader runs
     two threads. --memory-batches 10000 adds the long run: resident memory over batches and reopened validations.
     """
     from concurrent.futures import ProcessPoolExecutor
@@ -1422,7 +1427,7 @@ def bench(data: str = "runs/bench", mix: str = "oxe29", fake: str = "", pairs: i
         for name in parse_mix(fake):
             if not (Path(data) / name).exists():
                 entry = find_entry(data, name)
-                write_fake(data, name, replace(entry, frame="256x256 jpeg"), 16, 64, frames)
+                write_fake(data, name, replace(entry, frame="256x256 jpeg"), 48, 40, frames)
                 print(f"wrote {data}/{name}", flush=True)
     one = next(iter(parse_mix(mix)))
     many = len(parse_mix(mix))

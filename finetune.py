@@ -51,9 +51,19 @@ class Config:
     data: str = "data"
     """Folder or gs:// bucket with NAME/VERSION datasets."""
     mix: str = "metaworld_corner4"
-    """Datasets and weights, 'a:0.3,b:0.7'; `python data_oxe.py list` shows the names."""
+    """Datasets or mixes with weights, 'a:0.3,b:0.7' or 'oxe29'; `python data_oxe.py list` shows the names."""
     val_fraction: float = 0.1
     """Share of episodes held out for validation."""
+    weights: str = "given"
+    """Shares of the mix: as 'given' in it, 'equal', or 'proportionate' to the datasets' frames."""
+    holdout: str = ""
+    """'KEY~REGEX': validate on the episodes whose feature KEY (or 'instruction') matches, instead of --val-fraction."""
+    pairs_per_episode: int = 8
+    """Samples drawn from an episode each time it is read; 0: all."""
+    resize: str = "cpu"
+    """Where pictures are resized: 'cpu', or 'gpu' where the CPU cannot keep up."""
+    max_bad: float = 0.001
+    """Share of bad episodes (unreadable, too short, not finite ...) to skip with a warning before stopping."""
     trunk: str = "tiny"
     """'tiny' (random, byte tokenizer, 64 px), or a SmolVLM2 name or folder whose weights are loaded."""
     text_layers: int = 16
@@ -516,7 +526,8 @@ def evaluate(model: Policy, cfg: Config, loader, tokens, device) -> dict:
 
 def to_inputs(batch: dict, model: Policy, tokens, device):
     """-> (images, state, ids, mask), actions (B, C, A), action_mask (B, C) on the device."""
-    x = {k: torch.from_numpy(batch[k]).to(device, non_blocking=True) for k in ("frames", "state", "actions", "action_mask")}
+    keys = ("frames", "state", "actions", "action_mask")
+    x = data_oxe.to_device({k: batch[k] for k in keys}, device, model.trunk.image_size)
     return (x["frames"][:, 0], x["state"], *tokens(batch["instruction"], device)), x["actions"], x["action_mask"]
 
 
@@ -535,7 +546,9 @@ def main(cfg: Config):
     else:
         trunk, tokenizer, pretraining = load_stage2(cfg)
     local, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
-    common = dict(data=cfg.data, mix=cfg.mix, val_fraction=cfg.val_fraction, horizon_s=0.0, chunk=cfg.chunk)
+    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize",
+                                            "max_bad")}
+    common = dict(**options, horizon_s=0.0, chunk=cfg.chunk)
     few = dict(split="train", batch_size=local, episodes_per_task=cfg.episodes_per_task)
     loader = data_oxe.Loader(**few, **common, image_size=trunk.image_size, seed=cfg.seed, rank=rank, world=world)
     val_loader = data_oxe.Loader(split="val", batch_size=64, image_size=trunk.image_size, seed=1, shuffle_mb=8, **common)
@@ -550,7 +563,7 @@ def main(cfg: Config):
     train = DDP(model, broadcast_buffers=False) if world > 1 else model
     train = torch.compile(train) if cfg.compile else train
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    log, stop, batches, clock = Logger(cfg, rank, start), StopFlag(), iter(loader), time.time()
+    log, stop, batches, clock = Logger(cfg, rank, start), StopFlag(), loader.to(device), time.time()
     log.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, episodes {loader.counts}")
 
     for step in range(start, cfg.steps + 1):                                    # one more round, to evaluate and save

@@ -49,11 +49,21 @@ class Config:
     data: str = "data"
     """Folder or gs:// bucket with NAME/VERSION datasets."""
     mix: str = "metaworld_corner4"
-    """Datasets and weights, 'a:0.3,b:0.7'; `python data_oxe.py list` shows the names."""
+    """Datasets or mixes with weights, 'a:0.3,b:0.7' or 'oxe29'; `python data_oxe.py list` shows the names."""
     horizon_s: float | None = None
     """Seconds between the two frames; None: each dataset's own."""
     val_fraction: float = 0.1
     """Share of episodes held out for validation."""
+    weights: str = "given"
+    """Shares of the mix: as 'given' in it, 'equal', or 'proportionate' to the datasets' frames."""
+    holdout: str = ""
+    """'KEY~REGEX': validate on the episodes whose feature KEY (or 'instruction') matches, instead of --val-fraction."""
+    pairs_per_episode: int = 8
+    """Samples drawn from an episode each time it is read; 0: all."""
+    resize: str = "cpu"
+    """Where pictures are resized: 'cpu', or 'gpu' where the CPU cannot keep up."""
+    max_bad: float = 0.001
+    """Share of bad episodes (unreadable, too short, not finite ...) to skip with a warning before stopping."""
     image_size: int = 64
     """Pixels a side, a multiple of 16."""
     width: int = 32
@@ -408,7 +418,7 @@ def evaluate(model: LAQ, cfg: Config, val_loader, probe_loader, device) -> dict:
         out = {"vectors": [], "diff": [], "action": [], "codes": []}
         err = np.zeros(3)
         for batch in loader.first(cfg.eval_batches):
-            frames = torch.from_numpy(batch["frames"]).to(device)
+            frames = data_oxe.to_device(batch, device, cfg.image_size)["frames"]
             codes, q = model.encode(frames)
             a, b = model.to_float(frames).unbind(1)
             shuffled = q.roll(1, 0)
@@ -442,7 +452,7 @@ def picture(model: LAQ, cfg: Config, val_loader, device, columns: int = 8):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    frames = torch.from_numpy(next(val_loader.first(1))["frames"][:columns]).to(device)
+    frames = data_oxe.to_device(next(val_loader.first(1)), device, cfg.image_size)["frames"][:columns]
     codes, q = model.encode(frames)
     a, b = model.to_float(frames).unbind(1)
     rows = {"frame t": a, "true t+k": b, "predicted": model.decoder(a, q)[0],
@@ -477,7 +487,7 @@ def export(model: LAQ, cfg: Config, step: int, loader):
     """OUT/laq.pt2: the frozen labeller as a torch.export program (float32, CPU), with manifest, codebook and probe."""
     labeller = Labeller(copy.deepcopy(model).float().cpu().eval())
     labeller.model.decoder = None
-    probe = torch.from_numpy(next(loader.first(1))["frames"][:4].copy())
+    probe = data_oxe.to_device(next(loader.first(1)), "cpu", cfg.image_size)["frames"][:4].clone()
     batch = torch.export.Dim("B", min=1, max=65536)
     program = torch.export.export(labeller, (probe,), dynamic_shapes=({0: batch},))
     codes, _ = labeller(probe)
@@ -499,8 +509,9 @@ def main(cfg: Config):
     if cfg.image_size % 16 or cfg.width % 8:
         fail(f"--image-size {cfg.image_size} must be a multiple of 16 and --width {cfg.width} of 8")
     local, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
-    common = dict(data=cfg.data, mix=cfg.mix, image_size=cfg.image_size, horizon_s=cfg.horizon_s,
-                  val_fraction=cfg.val_fraction)
+    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize",
+                                            "max_bad")}
+    common = dict(**options, image_size=cfg.image_size, horizon_s=cfg.horizon_s, need_instruction=False)
     loader = data_oxe.Loader(split="train", batch_size=local, seed=cfg.seed, rank=rank, world=world, **common)
     val_loader = data_oxe.Loader(split="val", batch_size=64, seed=1, shuffle_mb=8, **common)
     probe_loader = data_oxe.Loader(split="train", batch_size=64, seed=2, shuffle_mb=8, **common)
@@ -511,13 +522,13 @@ def main(cfg: Config):
         return export(model, cfg, start, val_loader) if rank == 0 else None
     if start == 0:                                                              # codes start on encoder outputs
         step_seed(cfg, 0, 0, 1)
-        first = torch.from_numpy(next(probe_loader.first(1))["frames"]).to(device)
+        first = data_oxe.to_device(next(probe_loader.first(1)), device, cfg.image_size)["frames"]
         with torch.no_grad():
             model.reseed(model.features(first), everything=True)
     train = DDP(model, broadcast_buffers=False) if world > 1 else model
     train = torch.compile(train) if cfg.compile else train
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    log, stop, batches, clock = Logger(cfg, rank, start), StopFlag(), iter(loader), time.time()
+    log, stop, batches, clock = Logger(cfg, rank, start), StopFlag(), loader.to(device), time.time()
     log.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, episodes {loader.counts}")
 
     for step in range(start, cfg.steps + 1):                                    # one more round, to evaluate and save
@@ -534,9 +545,8 @@ def main(cfg: Config):
             group["lr"] = lr_at(cfg, step)
         step_seed(cfg, step, rank, world)
         batch = next(batches)
-        frames = random_shift(torch.from_numpy(batch["frames"]), cfg.shift)
-        flow = optical_flow(frames.numpy()) if cfg.flow_weight else torch.zeros(local, 2, 1, 1)
-        frames, flow = frames.to(device, non_blocking=True), flow.to(device, non_blocking=True)
+        frames = random_shift(batch["frames"], cfg.shift)
+        flow = (optical_flow(frames.cpu().numpy()) if cfg.flow_weight else torch.zeros(local, 2, 1, 1)).to(device)
         pieces = [slice(i, i + micro) for i in range(0, local, micro)]
         total, codes, z = 0.0, [], []
         for piece in pieces:

@@ -54,9 +54,19 @@ class Config:
     data: str = "data"
     """Folder or gs:// bucket with NAME/VERSION datasets."""
     mix: str = "metaworld_corner4"
-    """Datasets and weights, 'a:0.3,b:0.7'; `python data_oxe.py list` shows the names."""
+    """Datasets or mixes with weights, 'a:0.3,b:0.7' or 'oxe29'; `python data_oxe.py list` shows the names."""
     val_fraction: float = 0.1
     """Share of episodes held out for validation."""
+    weights: str = "given"
+    """Shares of the mix: as 'given' in it, 'equal', or 'proportionate' to the datasets' frames."""
+    holdout: str = ""
+    """'KEY~REGEX': validate on the episodes whose feature KEY (or 'instruction') matches, instead of --val-fraction."""
+    pairs_per_episode: int = 8
+    """Samples drawn from an episode each time it is read; 0: all."""
+    resize: str = "cpu"
+    """Where pictures are resized: 'cpu', or 'gpu' where the CPU cannot keep up."""
+    max_bad: float = 0.001
+    """Share of bad episodes (unreadable, too short, not finite ...) to skip with a warning before stopping."""
     trunk: str = "tiny"
     """'tiny' (random, byte tokenizer, 64 px), or a SmolVLM2 name or folder whose weights are loaded."""
     text_layers: int = 16
@@ -488,7 +498,7 @@ def evaluate(model: LatentPolicy, cfg: Config, loader, labeller, tokens, laq_siz
     predicted, truth, losses = [], [], []
     for i, batch in enumerate(loader.first(cfg.eval_batches)):
         torch.manual_seed(i)
-        frames = torch.from_numpy(batch["frames"]).to(device)
+        frames = data_oxe.to_device(batch, device, loader.image_size)["frames"]
         codes, _ = labeller(resize(frames, laq_size))
         images, (ids, mask) = resize(frames[:, 0], model.trunk.image_size), tokens(batch["instruction"], device)
         losses.append(model(images, ids, mask, codes).item())
@@ -512,11 +522,16 @@ def main(cfg: Config):
     labeller, laq_manifest, codebook = load_labeller(cfg.laq_ckpt, device)
     trunk, tokenizer = load_trunk(cfg.trunk, cfg.text_layers)
     local, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
+    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize",
+                                            "max_bad")}
     laq_size = laq_manifest["image_size"]
-    common = dict(data=cfg.data, mix=cfg.mix, image_size=max(laq_size, trunk.image_size), val_fraction=cfg.val_fraction,
-                  horizon_s=laq_manifest["config"]["horizon_s"])
+    common = dict(**options, image_size=max(laq_size, trunk.image_size), horizon_s=laq_manifest["config"]["horizon_s"])
     loader = data_oxe.Loader(split="train", batch_size=local, seed=cfg.seed, rank=rank, world=world, **common)
     val_loader = data_oxe.Loader(split="val", batch_size=64, seed=1, shuffle_mb=8, **common)
+    for name in loader.horizon.keys() & laq_manifest["horizon"].keys():
+        if loader.horizon[name] != laq_manifest["horizon"][name]:
+            fail(f"'{cfg.laq_ckpt}' labels pairs of '{name}' that are {laq_manifest['horizon'][name]} apart; the registry now "
+                 f"says {loader.horizon[name]}")
     tokens = Tokens(tokenizer, cfg.text_len)
     model = LatentPolicy(cfg, trunk, codebook).to(device)
     optimizer = make_optimizer(cfg, model, device)
@@ -528,7 +543,7 @@ def main(cfg: Config):
     train = DDP(model, broadcast_buffers=False) if world > 1 else model
     train = torch.compile(train) if cfg.compile else train
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    log, stop, batches, clock = Logger(cfg, rank, start), StopFlag(), iter(loader), time.time()
+    log, stop, batches, clock = Logger(cfg, rank, start), StopFlag(), loader.to(device), time.time()
     log.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, episodes {loader.counts}")
 
     for step in range(start, cfg.steps + 1):                                    # one more round, to evaluate and save
@@ -545,7 +560,7 @@ def main(cfg: Config):
             group["lr"] = lr_at(cfg, step)
         step_seed(cfg, step, rank, world)
         batch = next(batches)
-        frames = torch.from_numpy(batch["frames"]).to(device, non_blocking=True)
+        frames = batch["frames"]
         with torch.no_grad():
             codes, _ = labeller(resize(frames, laq_size))
         images = random_shift(resize(frames[:, 0], trunk.image_size), cfg.shift)
