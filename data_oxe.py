@@ -25,7 +25,7 @@ A batch is a dict of numpy arrays and one list:
     has_action   bool    (B,)
 
 A and Ds are the mix's maxima; narrower datasets are zero-padded on the right. With resize="gpu" `frames` keeps the
-recorded size: one array if all pictures of the batch agree, else a list of B arrays (2, h, w, 3); to() resizes.
+decoded size: one array if all pictures of the batch agree, else a list of B arrays (2, h, w, 3); to() resizes.
 Letters below: B batch, T time, C chunk, A action width, Ds state width, N pairs an episode, Q episodes a block.
 
 Why it is built so: nearly all the cost of RLDS is decoding images that nobody looks at, and tf.data's per-dataset
@@ -35,7 +35,8 @@ are mixed and shuffled in ONE place of bounded size, and only what leaves it is 
     draw     the mix picks datasets, not pairs; a draw is the next episode of the dataset picked. So how far each
              dataset was read is a count that Python can make without reading, whatever the episodes hold.
     block    Q draws, their pairs shuffled; blocks replace tf.data's shuffle buffer, whose content would have to be
-             saved. A position is (block, pairs taken of it, draws before it): a resume reads at most one block again.
+             saved. A position is (block, pairs taken of it, draws before it): a resume skips within the files that
+             were open (eight in all, or one a dataset), and reads at most one block again.
     random   every random number is a function of (seed, what it is for); nothing depends on threads or on history.
     fault    readers report bad episodes to Python and give no pairs for them; nothing is dropped silently.
 """
@@ -51,9 +52,10 @@ import shutil
 import sys
 import threading
 import time
+import zlib
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from queue import Full, Queue
 
@@ -386,30 +388,41 @@ def make_plan(data: str, name: str, split: str, horizon_s: float | None, pairs_p
     starts = np.cumsum([0] + [s.take for s in shards])
     n = int(starts[-1])
     paths = [s.filename for s in shards]
+    present = set(tf.io.gfile.listdir(str(builder.data_dir)))
+    missing = [p for p in paths if os.path.basename(p) not in present]
+    if missing:
+        fail(f"{len(missing)} of {len(paths)} files of dataset '{name}' are missing, the first is '{missing[0]}'")
+    known = np.ones(n, bool)
     if holdout:
-        key, _, pattern = holdout.partition("~")
-        values = episode_values(builder, paths, n, features, f"steps/{texts_of(entry)[0]}"
+        key, tilde, pattern = holdout.partition("~")
+        if not tilde:
+            fail(f"holdout '{holdout}' must be KEY~REGEX, such as instruction~drawer or episode_metadata/file_path~kitchen")
+        values = episode_values(builder, paths, features, f"steps/{texts_of(entry)[0]}"
                                 if key == "instruction" and entry.instruction else key)
-        held = np.array([bool(re.search(pattern, v)) for v in values])
+        known = np.array([v is not None for v in values])       # an unreadable episode belongs to neither side
+        try:
+            held = np.array([bool(re.search(pattern, v or "")) for v in values])
+        except re.error as error:
+            fail(f"holdout '{holdout}': '{pattern}' is not a regular expression ({error})")
     else:
         held = np.arange(n) >= n - (max(1, round(n * val_fraction)) if n > 1 and val_fraction > 0 else 0)
-    ids = np.flatnonzero(held if split == "val" else ~held)
-    counts = {"recorded": n, "train": int((~held).sum()), "val": int(held.sum())}
+    ids = np.flatnonzero((held if split == "val" else ~held) & known)
+    counts = {"recorded": n, "train": int((~held & known).sum()), "val": int((held & known).sum())}
     if split == "train":
         if episodes_per_task:
             if not entry.instruction:
                 fail(f"dataset '{name}' has no instructions to count --episodes-per-task by")
-            texts = episode_values(builder, paths, n, features, f"steps/{texts_of(entry)[0]}")
+            texts = episode_values(builder, paths, features, f"steps/{texts_of(entry)[0]}")
             ids = first_per_task(name, texts, ids, episodes_per_task)
         if max_episodes:
             ids = ids[:max_episodes]
     counts["used"] = len(ids)
+    if len(ids) < (world if split == "train" else 1):           # on all ranks alike
+        fail(f"dataset '{name}' has {'no' if not len(ids) else len(ids)} episodes left in split '{split}' for {world} "
+             f"processes: {n} recorded, {counts['train']} train and {counts['val']} val at "
+             f"{f'holdout {holdout!r}' if holdout else f'val_fraction {val_fraction}'}, {counts['used']} used")
     if split == "train":
         ids = np.array_split(ids, world)[rank]                  # episode ranges: fewer shards than ranks do not matter
-    if not len(ids):
-        fail(f"dataset '{name}' has no episodes left in split '{split}' for rank {rank} of {world}: {n} recorded, "
-             f"{counts['train']} train and {counts['val']} val at "
-             f"{f'--holdout {holdout!r}' if holdout else f'val_fraction {val_fraction}'}, {counts['used']} used")
     keep = np.zeros(n, bool)
     keep[ids] = True
     used = [i for i in range(len(shards)) if keep[starts[i]:starts[i + 1]].any()]
@@ -420,72 +433,77 @@ def make_plan(data: str, name: str, split: str, horizon_s: float | None, pairs_p
     offset = entry.offset if horizon_s is None else round(horizon_s * entry.hz)
     if offset < (horizon_s != 0):
         fail(f"horizon {horizon_s} s is {offset} steps of '{name}' at {entry.hz} Hz; give 0 or at least {1 / entry.hz:.3f}")
-    lengths, sizes = glance(paths[used[0]], f"steps/{entry.image}", features)
+    lengths, sizes = glance(name, paths, f"steps/{entry.image}", features)
     usable = np.array(lengths) - offset - trim[0] - trim[1] - entry.first
-    if len(lengths) and usable.max() <= 0:
-        fail(f"dataset '{name}': a pair spans {offset} steps, episodes have {max(lengths)} or fewer; shorten the horizon")
-    pairs = float(np.mean(np.minimum(np.maximum(usable, 0), pairs_per_episode or 1 << 30))) if len(lengths) else 1.0
-    frames = (np.mean(lengths) if lengths else 1.0) * counts["used"]
+    pairs = float(np.mean(np.minimum(np.maximum(usable, 0), pairs_per_episode or 1 << 30)))
     return Plan(name, entry, offset, [paths[i] for i in used], [int(starts[i]) for i in used],
-                [int(shards[i].take) for i in used], keep, features, max(pairs, 0.1), float(frames),
-                2 * (np.mean(sizes) if sizes else 1e4), counts)
+                [int(shards[i].take) for i in used], keep, features, max(pairs, 1.0), float(np.mean(lengths)) * counts["used"],
+                2 * float(np.mean(sizes)), counts)
 
 
-def glance(path: str, key: str, features: dict, episodes: int = 4) -> tuple[list[int], list[float]]:
-    """Lengths and mean encoded image sizes of a file's first readable episodes."""
+def glance(name: str, paths: list[str], key: str, features: dict, episodes: int = 4) -> tuple[list[int], list[float]]:
+    """Lengths and mean encoded image sizes of the first readable episodes; the same on every rank."""
     lengths, sizes = [], []
-    for record in tf.data.TFRecordDataset(path).ignore_errors().take(episodes):
-        images = tf.io.parse_single_example(record, {key: _parser(features[key])})[key]
-        lengths.append(len(images))
-        sizes.append(float(tf.reduce_mean(tf.strings.length(images))) if images.dtype == tf.string
-                     else float(np.prod(features[key].shape)))
+    for record in tf.data.TFRecordDataset(paths).ignore_errors().take(episodes):
+        images, feature = tf.io.parse_single_example(record, {key: _parser(features[key])})[key], features[key]
+        pixels = int(np.prod([x or 1 for x in feature.shape]))
+        encoded = images.dtype == tf.string
+        lengths.append(len(images) if encoded else len(images) // pixels)
+        sizes.append(float(tf.reduce_mean(tf.strings.length(images))) if encoded else float(pixels))
+    if not any(lengths):
+        fail(f"dataset '{name}' has no readable episode in its {len(paths)} files, the first is '{paths[0]}'")
     return lengths, sizes
 
 
-def episode_values(builder, paths: list[str], n: int, features: dict, key: str) -> list[str]:
-    """A feature of every episode as text (of a step feature its first step's). Reads the dataset once, then remembers
-    it: cached beside the data, or in ~/.cache/nanolapa where that cannot be written."""
+def episode_values(builder, paths: list[str], features: dict, key: str) -> list[str | None]:
+    """A feature of every episode as text, of a step feature its first step's; None where the record is unreadable. Reads
+    the dataset once, then remembers it, unless something was unreadable."""
     if key not in features:
         fail(f"dataset '{builder.name}' has no feature '{key}' in its features.json; it has: {', '.join(features)}")
-    cached, remember = side_file(builder, f"values of {key}")
+    cached, remember = side_file(builder, f"values_{re.sub(r'[^a-z_]+', '_', key)}", key=key)
     if cached is not None:
         return cached
-    spec = {key: _parser(features[key]) if key.startswith("steps/") else tf.io.FixedLenFeature(
-        [], _parser(features[key]).dtype, "" if _parser(features[key]).dtype == tf.string else 0)}
+    width = int(np.prod(features[key].shape))
+
+    @plainly
+    def value(record):
+        x = tf.io.parse_single_example(record, {key: _parser(features[key])})[key][:width]
+        return tf.strings.reduce_join(_text(x) if x.dtype == tf.string or width > 1 else tf.strings.as_string(x))
     from tqdm import tqdm
     values = []
-    for path, count in tqdm(list(zip(paths, (s.take for s in builder.info.splits["train"].file_instructions))),
-                            desc=f"{builder.name}: {key}", unit="file", disable=None):
-        found = tf.data.TFRecordDataset(path).ignore_errors().map(lambda r: tf.io.parse_single_example(r, spec)[key])
-        found = [_text(x[0] if key.startswith("steps/") and len(x) else x).numpy() if x.dtype == tf.string or x.shape.rank
-                 else x.numpy() for x in found]
-        found = [x.decode("utf-8", "replace") if isinstance(x, bytes) else str(x) for x in found]
-        values += found + [""] * (count - len(found))           # a broken file's rest; the reader will report it
-    remember(values)
+    shards = builder.info.splits["train"].file_instructions
+    for path, shard in tqdm(list(zip(paths, shards)), desc=f"{builder.name}: {key}", unit="file", disable=None):
+        found = tf.data.TFRecordDataset(path).ignore_errors().map(value).as_numpy_iterator()
+        found = [x.decode("utf-8", "replace") for x in found]
+        values += found + [None] * (shard.take - len(found))    # the reader will report these
+    if None not in values:
+        remember(values)
     return values
 
 
-def side_file(builder, what: str):
-    """-> (content or None, function that writes it): JSON beside the data, valid as long as the dataset is the same."""
+def side_file(builder, what: str, **depends):
+    """-> (content or None, function that writes it): JSON beside the data, or in ~/.cache/nanolapa where that cannot be
+    written. It counts as long as its fingerprint (the split's size and shards, and `depends`) is that of the data."""
     split = builder.info.splits["train"]
-    print_ = dict(what=what, bytes=split.num_bytes, shards=split.shard_lengths)
-    slug = re.sub(r"\W+", "_", what)
-    here = f"{builder.data_dir}/nanolapa_{slug}.json"
-    home = Path.home() / f".cache/nanolapa/{builder.name}-{builder.version}-{slug}.json"
+    fingerprint = dict(bytes=split.num_bytes, shards=split.shard_lengths, **depends)
+    here = f"{builder.data_dir}/nanolapa_{what}.json"
+    home = Path.home() / f".cache/nanolapa/{builder.name}-{builder.version}-{what}.json"
 
     def write(content):
-        text = json.dumps({"fingerprint": print_, "content": content})
+        text = json.dumps({"fingerprint": fingerprint, "content": content})
         try:
-            partial = f"{here}.{os.getpid()}.partial"
-            tf.io.gfile.GFile(partial, "w").write(text)
-            tf.io.gfile.rename(partial, here, overwrite=True)
+            with tf.io.gfile.GFile(f"{here}.{os.getpid()}.partial", "w") as f:
+                f.write(text)
+            tf.io.gfile.rename(f"{here}.{os.getpid()}.partial", here, overwrite=True)
         except tf.errors.OpError:
             home.parent.mkdir(parents=True, exist_ok=True)
-            home.write_text(text)
+            partial = home.with_suffix(f".{os.getpid()}.partial")
+            partial.write_text(text)
+            partial.rename(home)
     for path in (here, str(home)):
         if tf.io.gfile.exists(path):
             saved = json.loads(tf.io.gfile.GFile(path).read())
-            if saved["fingerprint"] == print_:
+            if saved["fingerprint"] == fingerprint:
                 return saved["content"], write
     return None, write
 
@@ -494,6 +512,8 @@ def first_per_task(name: str, texts: list[str], ids: np.ndarray, per_task: int) 
     """The first `per_task` of the episodes `ids` of each instruction."""
     seen, out = {}, []
     for i in ids:
+        if texts[i] is None:
+            continue
         seen[texts[i]] = seen.get(texts[i], 0) + 1
         if seen[texts[i]] <= per_task:
             out.append(i)
@@ -504,17 +524,21 @@ def first_per_task(name: str, texts: list[str], ids: np.ndarray, per_task: int) 
 
 
 # ---------------------------------------------------------------------------------------------- reading, in TensorFlow
+def _key(seed: int, purpose, counter):
+    """Seed of a stateless random op; different purposes never share numbers, nor do seeds below 2**32."""
+    return tf.stack([tf.constant(seed, tf.int64) + tf.cast(purpose, tf.int64) * (1 << 32), tf.cast(counter, tf.int64)])
+
+
 plainly = tf.autograph.experimental.do_not_convert              # no rewriting of Python: tracing 29 datasets takes a third
-FAULTS = ("", "the record is unreadable (truncated or corrupt file)", "the episode is shorter than a frame pair",
+FAULTS = ("", "the record is unreadable (file truncated, corrupt or out of reach)", "the episode is shorter than a frame pair",
           "the instruction is empty", "an action or state is not finite", "an image does not decode")
 
 
 def _parser(feature):
-    """How one step feature lies in the episode's tf.train.Example: strings, floats or integers, T times over."""
-    stored = feature.get_serialized_info()
-    dtype = tf.as_dtype(stored.np_dtype)
+    """How one step feature lies in the episode's tf.train.Example: T strings, or T * width floats or integers."""
+    dtype = tf.as_dtype(feature.get_serialized_info().np_dtype)
     wire = tf.string if dtype == tf.string else tf.float32 if dtype.is_floating else tf.int64
-    return tf.io.FixedLenSequenceFeature(stored.shape, wire, allow_missing=True)
+    return tf.io.FixedLenSequenceFeature([], wire, allow_missing=True)
 
 
 def _raw(x, feature):
@@ -527,10 +551,10 @@ def _raw(x, feature):
 
 
 def _text(x):
-    """Instruction as bytes, or as language_table's zero-padded Unicode code points int (1, 512)."""
+    """Instruction as bytes, or as language_table's zero-padded Unicode code points int (512,)."""
     if x.dtype == tf.string:
         return x
-    x = tf.reshape(tf.cast(x, tf.int32), [-1])
+    x = tf.cast(x, tf.int32)
     return tf.strings.unicode_encode(tf.boolean_mask(x, x > 0), "UTF-8")
 
 
@@ -553,22 +577,32 @@ def _parse(plan: Plan, index: int, A: int, Ds: int, seed: int):
     wire = {f"steps/{key}": _parser(features[f"steps/{key}"]) for key in keys}
     wide = lambda x, width: x if x.shape[1] == width else tf.pad(x, [[0, 0], [0, width - x.shape[1]]])
 
+    widths = {key: int(np.prod(features[key].shape)) if at.dtype != tf.string else 1 for key, at in wire.items()}
+    image = f"steps/{entry.image}"
+
+    def common(parsed, draw, T):
+        images, feature = parsed[image], features[image]
+        if not isinstance(feature, tfds.features.Image):                                    # raw pixels: as PNG from here on
+            images = tf.io.encode_png(tf.reshape(tf.cast(_raw(images, feature), tf.uint8), [T, *feature.shape]), 0)
+        texts = [tf.strings.strip(tf.strings.reduce_join(_text(parsed[key][:widths[key]])))  # of the first step
+                 for key in (f"steps/{x}" for x in texts_of(entry))]
+        text = texts[0] if texts else tf.constant("")
+        if len(texts) > 1:                                                                  # any of the variants that are there
+            texts = tf.boolean_mask(texts, tf.not_equal(texts, ""))
+            pick = tf.random.stateless_uniform([], _key(seed, 20_000 + index, draw), 0, tf.maximum(tf.size(texts), 1), tf.int32)
+            text = tf.concat([texts, [""]], 0)[pick]
+        action, executed, state = (_columns(parsed, spec, features, T) for spec in specs)
+        return images, text, wide(action, A), wide(executed, A), wide(state, Ds)
+
     @plainly
     def parse(draw, item):
         episode, record = item
         parsed = tf.io.parse_single_example(record, wire)
-        images, feature = parsed[f"steps/{entry.image}"], features[f"steps/{entry.image}"]
-        if not isinstance(feature, tfds.features.Image):                                    # raw pixels: as PNG from here on
-            images = tf.io.encode_png(tf.reshape(tf.cast(_raw(images, feature), tf.uint8), [-1, *feature.shape]), 0)
-        T = tf.shape(images)[0]
-        texts = [tf.strings.strip(tf.strings.reduce_join(_text(parsed[f"steps/{key}"][:1]))) for key in texts_of(entry)]
-        text = texts[0] if texts else tf.constant("")                                       # of the first step
-        if len(texts) > 1:                                                                  # any of the variants that are there
-            texts = tf.boolean_mask(texts, tf.not_equal(texts, ""))
-            pick = tf.random.stateless_uniform([], tf.stack([seed + index, draw]), 0, tf.maximum(tf.size(texts), 1), tf.int32)
-            text = tf.concat([texts, [""]], 0)[pick]
-        action, executed, state = (_columns(parsed, spec, features, T) for spec in specs)
-        return tf.constant(index, tf.int64), draw, episode, images, text, wide(action, A), wide(executed, A), wide(state, Ds)
+        T = tf.size(parsed[image]) // widths[image]
+        whole = tf.reduce_all(tf.equal(tf.stack([tf.size(parsed[key]) for key in wire]), tf.constant([*widths.values()]) * T))
+        nothing = tf.zeros([0], tf.string), tf.constant(""), tf.zeros([0, A]), tf.zeros([0, A]), tf.zeros([0, Ds])
+        episode_parts = tf.cond(whole, lambda: common(parsed, draw, T), lambda: nothing)     # lengths disagree: unreadable
+        return tf.constant(index, tf.int64), draw, episode, *episode_parts
     return parse
 
 
@@ -588,7 +622,7 @@ def _records(plans: list[Plan], seed: int, open_files: int):
     counts_, base_, groups_, before_ = (tf.constant(x) for x in (counts, base, groups, before))
 
     def order(d, epoch):
-        shuffled = tf.random.experimental.stateless_shuffle(tf.range(counts_[d]), tf.stack([seed + d, epoch]))
+        shuffled = tf.random.experimental.stateless_shuffle(tf.range(counts_[d]), _key(seed, 10_000 + d, epoch))
         return base_[d] + shuffled
 
     @tf.function(input_signature=[tf.TensorSpec([], tf.int64)] * 4, autograph=False)
@@ -616,8 +650,8 @@ def _records(plans: list[Plan], seed: int, open_files: int):
 
 
 def _picture(encoded, size: int, largest: int, native: bool):
-    """One encoded frame -> (size, size, 3), or as decoded if `native`. JPEG is decoded at the smallest eighth that covers
-    `size`, which skips work, then resized bilinearly; PNG is averaged over areas when it shrinks."""
+    """One encoded frame -> (size, size, 3), or as decoded if `native`. JPEG is decoded at the smallest of 1, 1/2, 1/4, 1/8
+    that covers `size`, which skips work; resizing is bilinear, by area where a picture shrinks to half or less."""
     decode = lambda: tf.ensure_shape(tf.io.decode_image(encoded, channels=3, expand_animations=False), [None, None, 3])
     ratios = [r for r in (1, 2, 4, 8) if largest >= size * r]                               # what the mix's pictures allow
     if len(ratios) > 1:
@@ -648,7 +682,7 @@ class Loader:
     data: folder or gs:// bucket that holds NAME/VERSION; mix: 'name:weight,...', names of datasets or of MIXES; weights:
     'given' in the mix, 'equal', or 'proportionate' to the datasets' estimated frames. split: 'train' or 'val'.
     batch_size: of this rank. image_size: of square frames; 0 leaves out `frames`, for statistics; resize 'gpu' hands
-    over the recorded size and leaves resizing to to(). horizon_s: seconds between the frames (None: each dataset's own
+    over the decoded size and leaves resizing to to(). horizon_s: seconds between the frames (None: each dataset's own
     offset; 0: the same frame twice, for policies). pairs_per_episode: random ones, spread over the episode; 0: all.
     trim: steps left out at an episode's start and end. min_motion: drops pairs whose 16x16 thumbnails differ by less,
     mean absolute difference in grey levels. val_fraction: end of each dataset that is val; holdout 'KEY~REGEX': instead
@@ -664,11 +698,16 @@ class Loader:
                  val_fraction: float = 0.1, holdout: str = "", max_episodes: int = 0, episodes_per_task: int = 0,
                  max_bad: float = 0.001, shuffle_mb: float = 64.0, threads: int = 2, seed: int = 0, rank: int = 0,
                  world: int = 1):
-        if resize not in ("cpu", "gpu"):
-            fail(f"resize '{resize}' must be cpu or gpu")
-        if pairs_per_episode < 0 or min(trim) < 0 or not 0 <= max_bad <= 1 or not 0 <= val_fraction < 1:
-            fail(f"pairs_per_episode {pairs_per_episode} and trim {trim} must not be negative, max_bad {max_bad} and "
-                 f"val_fraction {val_fraction} be shares")
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "data", "threads", "max_bad")}
+        if resize not in ("cpu", "gpu") or weights not in ("given", "equal", "proportionate"):
+            fail(f"resize '{resize}' must be cpu or gpu, weights '{weights}' given, equal or proportionate")
+        if min(pairs_per_episode, max_episodes, episodes_per_task, *trim) < 0 or min(batch_size, threads, chunk) < 1:
+            fail(f"pairs_per_episode {pairs_per_episode}, trim {trim}, max_episodes {max_episodes} and episodes_per_task "
+                 f"{episodes_per_task} must not be negative, batch_size {batch_size} and chunk {chunk} at least 1")
+        if not 0 <= max_bad <= 1 or not 0 <= val_fraction < 1:
+            fail(f"max_bad {max_bad} and val_fraction {val_fraction} are shares, from 0 to 1")
+        if min_motion and (not image_size or horizon_s == 0):
+            fail(f"min_motion {min_motion} needs pictures of two moments; image_size is {image_size}, horizon_s {horizon_s}")
         given = parse_mix(mix)
         self.plans = [make_plan(data, n, split, horizon_s, pairs_per_episode, trim, val_fraction, holdout, max_episodes,
                                 episodes_per_task, rank, world) for n in given]
@@ -688,8 +727,6 @@ class Loader:
         self._pipeline = None, None
 
         share = {"given": list(given.values()), "equal": [1.0] * len(given), "proportionate": [p.frames for p in self.plans]}
-        if weights not in share:
-            fail(f"weights '{weights}' must be given, equal or proportionate")
         per_draw = np.array(share[weights]) / [p.pairs for p in self.plans]     # weights are of pairs, draws give several
         self.share = dict(zip(given, (np.array(share[weights]) / np.sum(share[weights])).tolist()))
         self._chance = np.cumsum(per_draw / per_draw.sum()).astype(np.float32)[:-1]
@@ -697,10 +734,15 @@ class Loader:
         episodes = [int(p.keep.sum()) for p in self.plans]
         self.block = max(1, min(int(shuffle_mb * 1e6 / 2 / draw_bytes), sum(episodes)))     # Q; the next one is read meanwhile
         self.seed = seed + 1_000_003 * rank if split == "train" else seed
-        self._identity = dict(mix=mix, weights=weights, split=split, batch_size=batch_size, seed=seed, world=world,
-                              block=self.block, episodes=episodes)
+        self._identity = {"world": world, "rank": rank, **arguments, "trim": list(trim), "block": self.block,
+                          "episodes": episodes, "chosen": zlib.crc32(b"".join(p.keep.tobytes() for p in self.plans))}
         self._position = (0, 0)                                                 # block, pairs taken of it
         self._drawn = (0, np.zeros(len(given), int))                            # block, draws of each dataset before it
+        if min_motion:                                                          # a filter that nothing passes would never end
+            sample = self._encoded((0, 0)).take(256).map(plainly(self._decode), num_parallel_calls=threads)
+            self.moving = float(np.mean([item[5].numpy() for item in sample]))
+            if not self.moving:
+                fail(f"none of the first 256 pairs moves by min_motion {min_motion} grey levels")
 
     def _report(self, index, episode, fault):
         """A reader met a bad episode: warns once for each, stops beyond max_bad. Called from tf.data's threads."""
@@ -709,14 +751,15 @@ class Loader:
             if key not in self._bad:
                 file = int(np.searchsorted(plan.first, episode, side="right")) - 1
                 where = f"{plan.files[file]}, record {episode - plan.first[file]}, episode {episode} of {plan.name}"
-                self._bad[key] = f"{where}: {FAULTS[fault]}"
-                print(f"data_oxe: skipped {self._bad[key]}", file=sys.stderr, flush=True)
+                span = f" of {plan.offset + 1} steps" if fault == 2 else ""
+                self._bad[key] = f"{where}: {FAULTS[fault]}{span}"
+                print(f"data_oxe: skipped {'a pair of ' if fault == 5 else ''}{self._bad[key]}", file=sys.stderr, flush=True)
             return np.int32(-1 if self._too_bad() else 0)       # -1 pairs: an error that ends the pipeline
 
     def _choices(self, block):
         """Which dataset each draw of a block comes from: (Q,) int64, a function of the seed and the block alone. Evenly
         spaced points in a random order, so that every block holds the weights, not only the long run."""
-        seed = tf.stack([tf.constant(self.seed, tf.int64), block])
+        seed = _key(self.seed, 1, block)
         order = tf.random.experimental.stateless_shuffle(tf.range(self.block), seed)
         u = (tf.cast(order, tf.float32) + tf.random.stateless_uniform([], seed)) / self.block
         return tf.searchsorted(tf.constant(self._chance), u, side="right", out_type=tf.int64)
@@ -753,7 +796,7 @@ class Loader:
                 self._report, [d, episode, fault], tf.int32), []), lambda: usable)          # 0: no pairs of this one
             if N:                                                                           # one in each nth of the episode
                 n = tf.minimum(usable, N)
-                u = tf.range(tf.cast(n, tf.float32)) + tf.random.stateless_uniform([n], tf.stack([self.seed + 7919 * d, draw]))
+                u = tf.range(tf.cast(n, tf.float32)) + tf.random.stateless_uniform([n], _key(self.seed, 100 + d, draw))
                 u *= tf.cast(usable, tf.float32) / tf.cast(tf.maximum(n, 1), tf.float32)
                 t = skip[d] + tf.minimum(tf.cast(u, tf.int32), usable - 1)                  # (n,)
             else:
@@ -782,7 +825,7 @@ class Loader:
 
         @plainly
         def shuffle(b, draws):                                  # encoded frames move through here, they are not copied
-            seed = tf.random.stateless_uniform([], tf.stack([tf.constant(self.seed + 17, tf.int64), b]), None, None, tf.int64)
+            seed = tf.random.stateless_uniform([], _key(self.seed, 2, b), None, None, tf.int64)
             pairs = tf.data.Dataset.zip(draws).unbatch()
             pairs = pairs.shuffle(tf.data.UNKNOWN_CARDINALITY, seed=seed, reshuffle_each_iteration=False)
             return tf.data.Dataset.zip(tf.data.Dataset.from_tensors(b).repeat(), pairs.enumerate())
@@ -860,28 +903,32 @@ class Loader:
                     yield batch, position
             except tf.errors.OpError as error:
                 if not self._too_bad() and not self._blame(position):
-                    raise error
+                    fail(f"reading broke off after batch position {position}: {str(error).splitlines()[0]}")
             if self._too_bad():
                 fail(f"{len(self._bad)} bad episodes of {self._episodes()}, more than max_bad {self.max_bad} allows; "
                      f"the last: {[*self._bad.values()][-1]}")
 
     def _blame(self, position: tuple[int, int]) -> bool:
-        """Finds the pairs that do not decode among the next ones, and reports their episodes."""
-        known = len(self._undecodable)
-        for pair in self._encoded(position).take(4 * self.batch_size):
-            try:
-                self._decode(*pair)
-            except tf.errors.InvalidArgumentError:
-                self._undecodable.add((int(pair[0]), int(pair[1][0])))
-                index, episode = pair[1][1][-1].numpy()[:2]
-                self._report(index, episode, 5)
+        """Finds the next pairs that do not decode and reports their episodes: at least one, as a batch just failed on it."""
+        known, ahead_of = len(self._undecodable), 4 * self.batch_size
+        with contextlib.suppress(tf.errors.OpError):            # another fault of the stream: not an image's
+            for pair in self._encoded(position):
+                try:
+                    self._decode(*pair)
+                except tf.errors.InvalidArgumentError:
+                    self._undecodable.add((int(pair[0]), int(pair[1][0])))
+                    index, episode = pair[1][1][-1].numpy()[:2]
+                    self._report(index, episode, 5)
+                ahead_of -= len(self._undecodable) > known
+                if ahead_of <= 0:
+                    break
         return len(self._undecodable) > known
 
     def _episodes(self) -> int:
-        return sum(c["used"] for c in self.counts.values())
+        return sum(self._identity["episodes"])
 
     def _too_bad(self) -> bool:
-        return len(self._bad) > self.max_bad * self._episodes()
+        return len(self._bad) > self.max_bad * self._episodes() or len(self._bad) >= self._episodes()
 
     def __iter__(self):
         for batch, position in self._batches(self._position):
@@ -969,6 +1016,7 @@ def ahead(batches, transform):
                 put((transform(batch), position))
                 if stop.is_set():
                     return
+            put(StopIteration())
         except BaseException as error:                          # a fault's message belongs to the main thread
             put(error)
     thread = threading.Thread(target=work, daemon=True)
@@ -976,12 +1024,14 @@ def ahead(batches, transform):
     try:
         while True:
             item = queue.get()
+            if isinstance(item, StopIteration):
+                return
             if isinstance(item, BaseException):
                 raise item
             yield item
     finally:
         stop.set()
-        thread.join()
+        thread.join(timeout=30)                                 # it ends with the batch it is reading
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -996,6 +1046,8 @@ class DatasetWriter:
     """
 
     def __init__(self, data: str, name: str, entry: Entry, features: dict, resume: bool = False):
+        if "://" in data:
+            fail(f"--data '{data}': datasets are written to a local folder; copy them to the bucket afterwards")
         self.final, self.entry, self.resume = Path(data) / name / entry.version, entry, resume
         self.partial = self.final.with_name(f".{self.final.name}.partial")
         if self.final.exists():
@@ -1055,7 +1107,7 @@ class EpisodeWriter(DatasetWriter):
 # ---------------------------------------------------------------------------------------------- commands
 def list_datasets(data: str = "data"):
     """The registry, which of it lies in the folder (or bucket) --data, and the mixes."""
-    own = {p.parent.parent.name for p in Path(data).glob("*/*/entry.json")} if "://" not in data else set()
+    own = {path.split("/")[-3] for path in reach(tf.io.gfile.glob, f"{data.rstrip('/')}/*/*/entry.json")}
     for name in [*REGISTRY, *sorted(own - set(REGISTRY))]:
         entry, here = find_entry(data, name), "-"
         if reach(tf.io.gfile.exists, f"{data.rstrip('/')}/{name}/{entry.version}/features.json"):
@@ -1131,34 +1183,44 @@ def inspect(data: str = "data", mix: str = "metaworld_corner4", weights: str = "
 
 
 def statistics(data: str, name: str) -> dict:
-    """{'actions' | 'state': {'count', 'q01', 'q99', 'mean', 'std': list of one number a dimension}} of every step of
-    split 'train'; read once, then cached beside the data (side_file)."""
+    """{'actions' | 'state': {'count', 'q01', 'q99', 'mean', 'std': list of one number a dimension}} of split 'train', the
+    percentiles of at most two million random steps; read once, then cached beside the data (side_file)."""
     entry = find_entry(data, name)
     builder = open_builder(data, name, entry)
     features = flat_features(builder)
     check_features(name, entry, features)
     specs = {"actions": entry.action, "state": entry.state}
-    cached, remember = side_file(builder, f"statistics of {specs}")
+    cached, remember = side_file(builder, "statistics", **specs)
     if cached is not None:
         return cached
     from tqdm import tqdm
-    spec = {f"steps/{key}": _parser(features[f"steps/{key}"]) for s in specs.values() for key, _ in columns_of(s)}
-    ds = tf.data.TFRecordDataset([s.filename for s in builder.info.splits["train"].file_instructions])
-    rows = {what: [] for what, s in specs.items() if s}
+    wire = {f"steps/{key}": _parser(features[f"steps/{key}"]) for spec in specs.values() for key, _ in columns_of(spec)}
+    rows, lost = {what: [] for what, spec in specs.items() if spec}, 0
+    shards = builder.info.splits["train"].file_instructions
 
+    @plainly
     def parse(record):
-        parsed = tf.io.parse_single_example(record, spec)
+        parsed = tf.io.parse_single_example(record, wire)
         return {what: _columns(parsed, specs[what], features, -1) for what in rows}
-    for episode in tqdm(ds.map(parse).as_numpy_iterator() if rows else (), total=builder.info.splits["train"].num_examples,
-                        desc=name, unit="episode", disable=None):
-        for what, x in episode.items():
-            rows[what].append(x)
+    for shard in tqdm(shards if rows else (), desc=name, unit="file", disable=None):
+        found = list(tf.data.TFRecordDataset(shard.filename).ignore_errors().map(parse).as_numpy_iterator())
+        if len(found) < shard.take:
+            print(f"data_oxe: {shard.take - len(found)} unreadable episodes in {shard.filename}", file=sys.stderr)
+        for what in rows:
+            x = np.concatenate([episode[what] for episode in found]) if found else np.zeros((0, len(kinds_of(specs[what]))))
+            good = x[np.isfinite(x).all(1)].astype(np.float64)
+            lost += len(x) - len(good)
+            sample = good[np.random.default_rng(len(rows[what])).permutation(len(good))[:max(1000, 2_000_000 // len(shards))]]
+            rows[what].append((len(good), good.sum(0), (good ** 2).sum(0), sample.astype(np.float32)))
+    if lost:
+        print(f"data_oxe: {name}: left out {lost} rows that are not finite", file=sys.stderr)
     out = {}
-    for what, x in rows.items():
-        x = np.concatenate(x)
-        x = x[np.isfinite(x).all(1)]
-        q01, q99 = np.percentile(x, [1, 99], axis=0)
-        out[what] = dict(count=len(x), q01=q01.tolist(), q99=q99.tolist(), mean=x.mean(0).tolist(), std=x.std(0).tolist())
+    for what, parts in rows.items():
+        count, total, squares = (sum(p[i] for p in parts) for i in range(3))
+        q01, q99 = np.percentile(np.concatenate([p[3] for p in parts]), [1, 99], axis=0)
+        mean = total / count
+        out[what] = dict(count=count, q01=q01.tolist(), q99=q99.tolist(), mean=mean.tolist(),
+                         std=np.sqrt(np.maximum(squares / count - mean ** 2, 0)).tolist())
     remember(out)
     return out
 
@@ -1177,32 +1239,40 @@ def video_clips(path: Path, fps: float, size: int, max_frames: int):
     are those on screen at n/fps seconds; the centre square is resized to `size`. Raises av.FFmpegError, ValueError."""
     import av
     import cv2
-    frames, number, start = [], 0, 0.0
+
+    def encode(frame):
+        x = frame.to_ndarray(format="bgr24")
+        h, w = x.shape[:2]
+        side = min(h, w)
+        x = x[(h - side) // 2:(h + side) // 2, (w - side) // 2:(w + side) // 2]
+        x = cv2.resize(x, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
+        return cv2.imencode(".jpg", x, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise ValueError("it has no video stream")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        for frame in container.decode(stream):
-            start = frame.time if number == 0 else start
-            encoded = None
-            while frame.time - start >= number / fps - 1e-6:
-                if encoded is None:
-                    x = frame.to_ndarray(format="bgr24")
-                    h, w = x.shape[:2]
-                    side = min(h, w)
-                    x = x[(h - side) // 2:(h + side) // 2, (w - side) // 2:(w + side) // 2]
-                    x = cv2.resize(x, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
-                    encoded = cv2.imencode(".jpg", x, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
-                frames.append(encoded)
-                number += 1
+        frames, number, shown, start = [], 0, None, None
+        for frame in chain(container.decode(stream), [None]):   # None: the end, when the last frame is still shown
+            if frame is not None and frame.time is None:
+                raise ValueError("its frames have no times")
+            if shown is not None:
+                until = frame.time - start if frame is not None else shown.time - start + 1e-6
+                encoded = encode(shown) if number / fps < until - 1e-9 else None
+                while number / fps < until - 1e-9:
+                    frames.append(encoded)
+                    number += 1
+            elif frame is not None:
+                start = frame.time
+            shown = frame
             if len(frames) >= 2 * max_frames:                   # the rest is halved, so that no clip ends up tiny
                 yield number - len(frames), frames[:max_frames], False
                 frames = frames[max_frames:]
-    cut = len(frames) if len(frames) <= max_frames else -(-len(frames) // 2)
-    if cut < len(frames):
-        yield number - len(frames), frames[:cut], False
-    yield number - len(frames) + (cut if cut < len(frames) else 0), frames[cut:] or frames, True
+    half = -(-len(frames) // 2) if len(frames) > max_frames else 0
+    if half:
+        yield number - len(frames), frames[:half], False
+    yield number - len(frames) + half, frames[half:], True
 
 
 def from_videos(videos: str, name: str, data: str = "data", captions: str = "", fps: float = 10.0, size: int = 256,
@@ -1240,8 +1310,13 @@ def from_videos(videos: str, name: str, data: str = "data", captions: str = "", 
     features = {"steps": f.Dataset({"observation": {"image": f.Image(shape=(size, size, 3), encoding_format="jpeg")},
                                     "language_instruction": f.Text(), "is_first": np.bool_, "is_last": np.bool_}),
                 "episode_metadata": {"file_path": f.Text(), "start": np.int64, "is_last_clip": np.bool_}}
-    skipped = []
+    broken, told = [], zlib.crc32(repr(sorted(words.items())).encode())
+    chosen = dict(fps=fps, size=size, max_frames=max_frames, captions=told)
     with DatasetWriter(data, name, entry, features, resume=True) as writer:
+        options = writer.partial / "options.json"
+        if options.exists() and json.loads(options.read_text()) != chosen:
+            fail(f"'{writer.partial}' was begun with other options ({options.read_text()}); use those, or remove it")
+        options.write_text(json.dumps(chosen))
         clips, whole = written_clips(writer.partial)
         if clips:
             print(f"continuing '{writer.partial}': {len(clips)} episodes of {len(whole)} whole videos are there")
@@ -1259,11 +1334,11 @@ def from_videos(videos: str, name: str, data: str = "data", captions: str = "", 
                                   "episode_metadata": {"file_path": key, "start": start, "is_last_clip": last}})
                     clips.add((key, start))
             except (av.FFmpegError, ValueError) as error:
-                skipped.append(key)
-                print(f"data_oxe: skipped '{files[key]}': {error}", file=sys.stderr)
+                broken.append(key)
+                print(f"data_oxe: left out '{files[key]}', or the rest of it: {error}", file=sys.stderr)
         if not clips:
             fail(f"none of the {len(files)} videos in '{videos}' could be read")
-    print(f"{writer.final}: {len(clips)} episodes of {len(files) - len(skipped)} videos, {len(skipped)} skipped; "
+    print(f"{writer.final}: {len(clips)} episodes of {len(files)} videos, {len(broken)} of them broken; "
           f"use it as --data {data} --mix {name}")
 
 
@@ -1368,26 +1443,26 @@ def measure(kind: str, data: str, mix: str, pairs: int, batch_size: int, size: i
         opened = time.time() - began
         out = rate(stream, pairs, batch_size)
         return out | {"first_s": out["first_s"] + opened}
-    if kind in ("raw", "raw, resized"):                         # encoded pairs that lie in memory, only decoded
+    if kind in ("raw", "raw, resized"):                         # encoded pairs that lie in memory (not in caches)
         one = loader("gpu" if kind == "raw" else "cpu")
-        ds = one._encoded((0, 0)).take(512).cache().repeat().map(plainly(one._decode), num_parallel_calls=one.threads)
+        ds = one._encoded((0, 0)).take(2048).cache().repeat().map(plainly(one._decode), num_parallel_calls=one.threads)
         ds = ds.map(plainly(lambda *x: x[-1])).batch(batch_size, drop_remainder=True)
-        return rate(iter(one._options(ds)), pairs, batch_size)
+        return rate(iter(one._options(ds)), pairs, batch_size, warm=2048 // batch_size + 20)
     if kind == "naive":
         return rate(naive(data, mix, batch_size), pairs, batch_size, warm=1)
     if kind == "memory":                                        # a second pipeline, 20 validations, 10,000 batches
         train, val = loader("cpu"), loader("cpu", "val", shuffle_mb=8)
-        stream = iter(train)
-        [next(stream) for _ in range(100)]
-        marks = [status("VmRSS")]
-        list(val.first(4))
-        marks.append(status("VmRSS"))
-        for _ in range(20):
-            list(val.first(4))
-        marks.append(status("VmRSS"))
-        for _ in range(10):
-            [next(stream) for _ in range(pairs // batch_size // 10)]
+        stream, marks = iter(train), []
+
+        def mark(batches):
+            for _ in batches:
+                pass
             marks.append(status("VmRSS"))
+        mark(islice(stream, 100))
+        for _ in range(21):
+            mark(val.first(4))
+        for _ in range(10):
+            mark(islice(stream, pairs // batch_size // 10))
         return dict(marks=marks, rss_mb=status("VmHWM"), threads=status("Threads"))
 
 
@@ -1452,9 +1527,9 @@ def bench(data: str = "runs/bench", mix: str = "oxe29", fake: str = "", pairs: i
               f"{r['first_s']:.1f} | {r['kb']:.0f} |")
     if memory_batches:
         m = run("memory", mix, memory_batches * batch_size)
-        print(f"resident MB: training {m['marks'][0]:.0f}, with a validation pipeline {m['marks'][1]:.0f}, after 20 reopened "
-              f"{m['marks'][2]:.0f}, over {memory_batches} batches {' '.join(f'{x:.0f}' for x in m['marks'][3:])}, peak "
-              f"{m['rss_mb']:.0f}, {m['threads']:.0f} threads")
+        print(f"resident MB: training {m['marks'][0]:.0f}, with a validation pipeline {m['marks'][1]:.0f}, after 20 more of its "
+              f"openings {m['marks'][21]:.0f}, over {memory_batches} batches {' '.join(f'{x:.0f}' for x in m['marks'][22:])}, "
+              f"peak {m['rss_mb']:.0f}, {m['threads']:.0f} threads")
         table["memory"] = m
     Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / "bench.json").write_text(json.dumps(table, indent=1))

@@ -311,10 +311,17 @@ def make_optimizer(cfg, model: nn.Module, device: torch.device) -> torch.optim.A
 
 
 def save_checkpoint(cfg, step: int, model: nn.Module, optimizer, loader):
-    """OUT/last.pt, written under another name first. Randomness is a function of (seed, step): no RNG state is kept."""
+    """OUT/last.pt, written under another name first; all ranks call it, as each has its own place in the data.
+    Randomness is a function of (seed, step): no RNG state is kept."""
+    data = [loader.state_dict()]
+    if dist.is_initialized():
+        data = data * dist.get_world_size()
+        dist.all_gather_object(data, loader.state_dict())
+        if dist.get_rank() > 0:
+            return
     partial = Path(cfg.out) / ".last.pt.partial"
     torch.save({"step": step, "config": asdict(cfg), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "data": loader.state_dict()}, partial)
+                "data": data}, partial)
     partial.rename(Path(cfg.out) / "last.pt")
 
 
@@ -325,14 +332,18 @@ def load_checkpoint(cfg, model: nn.Module, optimizer, loader) -> int:
         stored = state["config"]
     except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as e:
         fail(f"--resume '{cfg.resume}' is not a checkpoint of this script ({type(e).__name__}); give OUT/last.pt")
-    free = {"out", "data", "resume", "export_only", "wandb", "eval_every", "save_every", "log_every", "compile"}
+    free = {"out", "data", "max_bad", "resume", "export_only", "wandb", "eval_every", "save_every", "log_every", "compile"}
     differ = [f"{f.name} was {stored.get(f.name)!r}, is {getattr(cfg, f.name)!r}" for f in fields(cfg)
               if f.name not in free and stored.get(f.name) != getattr(cfg, f.name)]
     if differ:
         fail(f"--resume '{cfg.resume}' is of another run: {'; '.join(differ)}")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if len(state["data"]) != world and not cfg.export_only:
+        fail(f"--resume '{cfg.resume}' was saved by {len(state['data'])} processes, these are {world}: start as many")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    loader.load_state_dict(state["data"])
+    if not cfg.export_only:
+        loader.load_state_dict(state["data"][rank])
     return state["step"]
 
 
@@ -537,7 +548,7 @@ def main(cfg: Config):
             metrics = evaluate(model, cfg, val_loader, probe_loader, device)
             log.print(f"step {step}: {describe(metrics, cfg)}")
             log.log(step, {}, **{f"val_{k}": v for k, v in metrics.items()})
-        if rank == 0 and (stopping or last or (step > start and step % cfg.save_every == 0)):
+        if stopping or last or (step > start and step % cfg.save_every == 0):
             save_checkpoint(cfg, step, model, optimizer, loader)
         if stopping or last:
             break

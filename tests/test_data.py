@@ -1,6 +1,5 @@
 """data_oxe.py on small datasets in the true schemas: CPU, offline. TFDS's own reader says what is right."""
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,13 +10,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import tensorflow as tf
-import tensorflow_datasets as tfds
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data_oxe  # noqa: E402
+from data_oxe import tf, tfds  # noqa: E402  (it sets their log level first)
 
 SPECIAL = {"kuka": "'/' in keys, ZLIB states", "bc_z": "chunks of actions, integers", "bridge": "bool gripper, first step",
            "language_table": "tokens", "droid": "three instructions, float64", "vima_converted_externally_to_rlds": "raw pixels",
@@ -180,10 +178,24 @@ def test_splits_subsets_and_ranks(oxe, tmp_path):
         make("val", holdout="instruction~nowhere")
 
 
+def test_what_the_stream_depends_on_is_compared(oxe):
+    make = lambda world=1, rank=0, **k: data_oxe.Loader(str(oxe), "bridge,toto", "train", 8 // world, 0, world=world,
+                                                        rank=rank, **k)
+    state = make(holdout="episode_metadata/file_path~scene_1/").state_dict()
+    for says, options in {"rank was 0, is 1": dict(world=2, rank=1), "trim": dict(trim=(1, 0)), "chunk": dict(chunk=2),
+                          "pairs_per_episode": dict(pairs_per_episode=3), "horizon_s": dict(horizon_s=0.2)}.items():
+        with pytest.raises(SystemExit, match=says):
+            make(**options).load_state_dict(make(world=options.get("world", 1)).state_dict())
+    with pytest.raises(SystemExit, match="holdout"):
+        make(holdout="episode_metadata/file_path~scene_2/").load_state_dict(state)
+
+
 @pytest.mark.parametrize("mix, options", [("bridge:2,kuka,roboturk", {}), ("toto", {"pairs_per_episode": 0}),
-                                          ("droid,viola", {"rank": 1, "world": 2})])
+                                          ("droid,viola", {"rank": 1, "world": 2}),
+                                          ("toto", {"image_size": 24, "min_motion": 5.0})])
 def test_resume_is_exact_and_small(mix, options, oxe):
-    make = lambda seed=0, **k: data_oxe.Loader(str(oxe), mix, "train", 7, 0, shuffle_mb=0.05, seed=seed, **{**options, **k})
+    make = lambda seed=0, **k: data_oxe.Loader(str(oxe), mix, "train", 7, shuffle_mb=0.05, seed=seed,
+                                               **{"image_size": 0, **options, **k})
     whole = take(make(), 60)
     assert make().block < 30                                                            # the run spans many blocks and epochs
     for stop in (1, 13, 47):
@@ -198,7 +210,7 @@ def test_resume_is_exact_and_small(mix, options, oxe):
     assert not same(whole[0], take(make(seed=1), 1)[0])
     assert [same(a, b) for a, b in zip(make().first(2), whole)] == [True, True]
     with pytest.raises(SystemExit, match="world was"):
-        make(world=4).load_state_dict(make().state_dict())
+        make(world=3).load_state_dict(make().state_dict())
 
 
 # ------------------------------------------------------------------------------------------------ faults
@@ -234,6 +246,8 @@ def spoil(fault, path):
         rewrite(path, lambda i, f: i == 3 and f[feature["text"]].bytes_list.value.__setitem__(slice(None), [b" "] * 12))
     elif fault == "nan":
         rewrite(path, lambda i, f: i == 3 and f[feature["action"]].float_list.value.__setitem__(4, float("nan")))
+    elif fault == "uneven":                                                             # one number missing
+        rewrite(path, lambda i, f: i == 3 and f[feature["action"]].float_list.value.pop())
     elif fault == "short":
         def change(i, f):
             if i == 3:
@@ -245,7 +259,8 @@ def spoil(fault, path):
 
 @pytest.mark.parametrize("fault, says, lost", [
     ("truncated", "unreadable", {9}), ("corrupt", "unreadable", {5, 6, 7, 8, 9}), ("image", "does not decode", set()),
-    ("text", "instruction is empty", {3}), ("nan", "not finite", {3}), ("short", "shorter than a frame pair", {3})])
+    ("text", "instruction is empty", {3}), ("nan", "not finite", {3}), ("short", "shorter than a frame pair of 6 steps", {3}),
+    ("uneven", "unreadable", {3})])
 def test_a_fault_is_named_counted_and_skipped(fault, says, lost, tmp_path, capsys):
     fake(tmp_path, "bridge", episodes=10)
     path, = (tmp_path / "bridge/0.1.0").glob("*.tfrecord*")
@@ -270,6 +285,29 @@ def test_a_fault_is_named_counted_and_skipped(fault, says, lost, tmp_path, capsy
         assert 3 in {int(e) for b in take(make(need_instruction=False), 30) for e in b["episode"]}
 
 
+def test_a_broken_file_does_not_move_the_holdout(tmp_path):
+    fake(tmp_path, "bridge", episodes=12)
+    path, = (tmp_path / "bridge/0.1.0").glob("*.tfrecord*")
+    whole, make = path.read_bytes(), lambda: data_oxe.Loader(str(tmp_path), "bridge", "val", 8, 0, max_bad=0.5,
+                                                             holdout="episode_metadata/file_path~scene_1/")
+    path.write_bytes(whole[:len(whole) // 2])
+    assert make().counts["bridge"]["val"] < 4
+    path.write_bytes(whole)
+    assert make().counts["bridge"] == {"recorded": 12, "train": 8, "val": 4, "used": 4}
+    path.rename(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit, match="1 of 1 files of dataset 'bridge' are missing"):
+        make()
+
+
+def test_arguments_are_checked(oxe):
+    for says, options in {"no readable|is not a regular": dict(holdout="instruction~("), "must be KEY~REGEX": dict(holdout="x"),
+                          "resize 'tpu'": dict(resize="tpu"), "max_bad 2": dict(max_bad=2.0), "min_motion": dict(min_motion=1,
+                          horizon_s=0.0), "3 episodes left in split 'train' for 9": dict(world=9), "moves by": dict(
+                          min_motion=250.0), "max_episodes -1": dict(max_episodes=-1)}.items():
+        with pytest.raises(SystemExit, match=says):
+            data_oxe.Loader(str(oxe), "bridge", "train", 8, 24, **options)
+
+
 def test_a_bucket_out_of_reach_is_said_so(monkeypatch):
     def gone(path):
         raise tf.errors.UnavailableError(None, None, "no route")
@@ -292,7 +330,7 @@ def test_commands(oxe, tmp_path, capsys):
     episodes = tfds.builder_from_directory(f"{oxe}/bridge/0.1.0").as_dataset(split="train")
     first = np.array([s["action"]["world_vector"][0] for e in episodes for s in e["steps"]])
     assert f"[ 0] q01 {np.percentile(first, 1):10.4g}" in out and f"std {first.std():10.4g}" in out
-    cached, = (oxe / "bridge/0.1.0").glob("nanolapa_statistics*.json")
+    cached, = (oxe / "bridge/0.1.0").glob("nanolapa_statistics.json")
     content = json.loads(cached.read_text())
     content["content"]["actions"]["mean"][0] = 1234.5
     cached.write_text(json.dumps(content))
@@ -342,7 +380,7 @@ def test_from_videos(tmp_path, capsys):
     assert not (tmp_path / "data/clips/1.0.0").exists()
     data_oxe.from_videos(*args[0], **args[1])
     out, err = capsys.readouterr()
-    assert "continuing" in out and "12 episodes of 6 videos, 1 skipped" in out and "skipped '" in err and "broken.mp4" in err
+    assert "continuing" in out and "12 episodes of 7 videos, 1 of them broken" in out and "broken.mp4" in err
     loader = data_oxe.Loader(str(tmp_path / "data"), "clips", "train", 8, 32, val_fraction=0)
     batches = take(loader, 10)
     assert loader.horizon["clips"] == {"steps": 5, "seconds": 0.5} and not batches[0]["has_action"].any()
@@ -363,8 +401,8 @@ def test_an_interrupt_leaves_no_thread_that_hangs(oxe):
     """Ctrl-C while the background thread reads: the process ends at once."""
     code = ("import sys, data_oxe as d\n"
             "for b in d.Loader(sys.argv[1], 'bridge', 'train', 8, 24).to('cpu'): print('x', flush=True)")
-    p = subprocess.Popen([sys.executable, "-c", code, str(oxe)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                         env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    p = subprocess.Popen([sys.executable, "-c", code, str(oxe)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE)
     p.stdout.readline()
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=30)
