@@ -60,6 +60,8 @@ class Config:
     """'KEY~REGEX': validate on the episodes whose feature KEY (or 'instruction') matches, instead of --val-fraction."""
     pairs_per_episode: int = 8
     """Samples drawn from an episode each time it is read; 0: all."""
+    shuffle_mb: float = 256.0
+    """Encoded pictures held for shuffling; more of them mix more episodes."""
     resize: str = "cpu"
     """Where pictures are resized: 'cpu', or 'gpu' where the CPU cannot keep up."""
     max_bad: float = 0.001
@@ -557,11 +559,11 @@ def main(cfg: Config):
     else:
         trunk, tokenizer, pretraining = load_stage2(cfg)
     local, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
-    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize",
-                                            "max_bad")}
+    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize", "max_bad")}
     common = dict(**options, horizon_s=0.0, chunk=cfg.chunk)
     few = dict(split="train", batch_size=local, episodes_per_task=cfg.episodes_per_task)
-    loader = data_oxe.Loader(**few, **common, image_size=trunk.image_size, seed=cfg.seed, rank=rank, world=world)
+    loader = data_oxe.Loader(**few, **common, image_size=trunk.image_size, seed=cfg.seed, shuffle_mb=cfg.shuffle_mb, rank=rank,
+                             world=world)
     val_loader = data_oxe.Loader(split="val", batch_size=64, image_size=trunk.image_size, seed=1, shuffle_mb=8, **common)
     stats = statistics(data_oxe.Loader(**few | {"batch_size": 64}, **common, image_size=0, seed=0, shuffle_mb=8), cfg.normalize)
     tokens = Tokens(tokenizer, cfg.text_len)

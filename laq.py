@@ -60,6 +60,8 @@ class Config:
     """'KEY~REGEX': validate on the episodes whose feature KEY (or 'instruction') matches, instead of --val-fraction."""
     pairs_per_episode: int = 8
     """Samples drawn from an episode each time it is read; 0: all."""
+    shuffle_mb: float = 256.0
+    """Encoded pictures held for shuffling; more of them mix more episodes."""
     resize: str = "cpu"
     """Where pictures are resized: 'cpu', or 'gpu' where the CPU cannot keep up."""
     max_bad: float = 0.001
@@ -520,10 +522,10 @@ def main(cfg: Config):
     if cfg.image_size % 16 or cfg.width % 8:
         fail(f"--image-size {cfg.image_size} must be a multiple of 16 and --width {cfg.width} of 8")
     local, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
-    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize",
-                                            "max_bad")}
+    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize", "max_bad")}
     common = dict(**options, image_size=cfg.image_size, horizon_s=cfg.horizon_s, need_instruction=False)
-    loader = data_oxe.Loader(split="train", batch_size=local, seed=cfg.seed, rank=rank, world=world, **common)
+    loader = data_oxe.Loader(split="train", batch_size=local, seed=cfg.seed, shuffle_mb=cfg.shuffle_mb, rank=rank,
+                             world=world, **common)
     val_loader = data_oxe.Loader(split="val", batch_size=64, seed=1, shuffle_mb=8, **common)
     probe_loader = data_oxe.Loader(split="train", batch_size=64, seed=2, shuffle_mb=8, **common)
     model = LAQ(cfg).to(device, memory_format=torch.channels_last)             # a third faster than NCHW on a CPU

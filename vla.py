@@ -63,6 +63,8 @@ class Config:
     """'KEY~REGEX': validate on the episodes whose feature KEY (or 'instruction') matches, instead of --val-fraction."""
     pairs_per_episode: int = 8
     """Samples drawn from an episode each time it is read; 0: all."""
+    shuffle_mb: float = 256.0
+    """Encoded pictures held for shuffling; more of them mix more episodes."""
     resize: str = "cpu"
     """Where pictures are resized: 'cpu', or 'gpu' where the CPU cannot keep up."""
     max_bad: float = 0.001
@@ -533,11 +535,11 @@ def main(cfg: Config):
     labeller, laq_manifest, codebook = load_labeller(cfg.laq_ckpt, device)
     trunk, tokenizer = load_trunk(cfg.trunk, cfg.text_layers)
     local, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
-    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize",
-                                            "max_bad")}
+    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize", "max_bad")}
     laq_size = laq_manifest["image_size"]
     common = dict(**options, image_size=max(laq_size, trunk.image_size), horizon_s=laq_manifest["config"]["horizon_s"])
-    loader = data_oxe.Loader(split="train", batch_size=local, seed=cfg.seed, rank=rank, world=world, **common)
+    loader = data_oxe.Loader(split="train", batch_size=local, seed=cfg.seed, shuffle_mb=cfg.shuffle_mb, rank=rank,
+                             world=world, **common)
     val_loader = data_oxe.Loader(split="val", batch_size=64, seed=1, shuffle_mb=8, **common)
     for name in loader.horizon.keys() & laq_manifest["horizon"].keys():
         if loader.horizon[name] != laq_manifest["horizon"][name]:

@@ -6,11 +6,12 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:TERM@120
 #SBATCH --output=%x-%j.log
-# Submit from the repository root, where .venv is: sbatch sbatch/laq.sh. DATA: folder or bucket of NAME/VERSION datasets.
+# Submit from the repository root, where .venv is: sbatch sbatch/laq.sh. DATA: folder or bucket of NAME/VERSION datasets,
+# MIX: which of them.
 # Slurm's SIGTERM leaves a checkpoint; submit again with RESUME=runs/laq/last.pt to go on. More nodes: start one torchrun
 # a node with srun and --rdzv-endpoint.
 set -euo pipefail
 source .venv/bin/activate
 DATA=${DATA:-gs://gresearch/robotics}
-exec torchrun --standalone --nproc_per_node=4 laq.py --data "$DATA" --mix bridge:0.5,fractal20220817_data:0.5 --image-size 128 --width 64 --codes 16 --code-dim 32 \
+exec torchrun --standalone --nproc_per_node=4 laq.py --data "$DATA" --mix "${MIX:-bridge,fractal20220817_data}" --resize gpu --image-size 128 --width 64 --codes 16 --code-dim 32 \
   --batch-size 512 --steps 50000 --warmup-steps 500 --lr 3e-4 --dtype bfloat16 --compile --wandb ${RESUME:+--resume "$RESUME"}

@@ -12,6 +12,6 @@
 set -euo pipefail
 source .venv/bin/activate
 DATA=${DATA:-gs://gresearch/robotics}
-exec torchrun --standalone --nproc_per_node=4 vla.py --data "$DATA" --mix bridge:0.5,fractal20220817_data:0.5 --laq-ckpt runs/laq/laq.pt2 \
+exec torchrun --standalone --nproc_per_node=4 vla.py --data "$DATA" --mix "${MIX:-bridge,fractal20220817_data}" --resize gpu --laq-ckpt runs/laq/laq.pt2 \
   --trunk HuggingFaceTB/SmolVLM2-500M-Video-Instruct --head-width 1024 --head-depth 4 --batch-size 256 --steps 30000 \
   --warmup-steps 1000 --lr 1e-4 --min-lr 2.5e-6 --grad-clip 10 --dtype bfloat16 --wandb ${RESUME:+--resume "$RESUME"}
