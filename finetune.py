@@ -559,7 +559,8 @@ def main(cfg: Config):
     else:
         trunk, tokenizer, pretraining = load_stage2(cfg)
     local, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
-    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize", "max_bad")}
+    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize",
+                                            "max_bad")}
     common = dict(**options, horizon_s=0.0, chunk=cfg.chunk)
     few = dict(split="train", batch_size=local, episodes_per_task=cfg.episodes_per_task)
     loader = data_oxe.Loader(**few, **common, image_size=trunk.image_size, seed=cfg.seed, shuffle_mb=cfg.shuffle_mb, rank=rank,

@@ -522,7 +522,8 @@ def main(cfg: Config):
     if cfg.image_size % 16 or cfg.width % 8:
         fail(f"--image-size {cfg.image_size} must be a multiple of 16 and --width {cfg.width} of 8")
     local, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
-    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize", "max_bad")}
+    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize",
+                                            "max_bad")}
     common = dict(**options, image_size=cfg.image_size, horizon_s=cfg.horizon_s, need_instruction=False)
     loader = data_oxe.Loader(split="train", batch_size=local, seed=cfg.seed, shuffle_mb=cfg.shuffle_mb, rank=rank,
                              world=world, **common)

@@ -535,7 +535,8 @@ def main(cfg: Config):
     labeller, laq_manifest, codebook = load_labeller(cfg.laq_ckpt, device)
     trunk, tokenizer = load_trunk(cfg.trunk, cfg.text_layers)
     local, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
-    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize", "max_bad")}
+    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize",
+                                            "max_bad")}
     laq_size = laq_manifest["image_size"]
     common = dict(**options, image_size=max(laq_size, trunk.image_size), horizon_s=laq_manifest["config"]["horizon_s"])
     loader = data_oxe.Loader(split="train", batch_size=local, seed=cfg.seed, shuffle_mb=cfg.shuffle_mb, rank=rank,
