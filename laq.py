@@ -60,6 +60,8 @@ class Config:
     """'KEY~REGEX': validate on the episodes whose feature KEY (or 'instruction') matches, instead of --val-fraction."""
     pairs_per_episode: int = 8
     """Samples drawn from an episode each time it is read; 0: all."""
+    min_motion: float = 0.0
+    """Leaves out pairs whose thumbnails differ by less, mean absolute difference in grey levels; 0: none."""
     shuffle_mb: float = 256.0
     """Encoded pictures held for shuffling; more of them mix more episodes."""
     resize: str = "cpu"
@@ -524,7 +526,8 @@ def main(cfg: Config):
     local, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
     options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize",
                                             "max_bad")}
-    common = dict(**options, image_size=cfg.image_size, horizon_s=cfg.horizon_s, need_instruction=False)
+    common = dict(**options, image_size=cfg.image_size, horizon_s=cfg.horizon_s, min_motion=cfg.min_motion,
+                  need_instruction=False)
     loader = data_oxe.Loader(split="train", batch_size=local, seed=cfg.seed, shuffle_mb=cfg.shuffle_mb, rank=rank,
                              world=world, **common)
     val_loader = data_oxe.Loader(split="val", batch_size=64, seed=1, shuffle_mb=8, **common)

@@ -167,6 +167,12 @@ def test_torchrun(stage, data, stages, tmp_path):
     run(f"{stage}.py", *stage_args(stage, data, stages), "--steps", 3, "--out", tmp_path, processes=2)
     assert len(metrics(tmp_path, "loss")["loss"]) == 3
     assert (tmp_path / {"vla": "stage2", "finetune": "policy"}[stage] / "manifest.json").exists()
+    if stage == "finetune":                                     # each rank goes on from its own place in the data
+        places = torch.load(tmp_path / "last.pt", weights_only=True)["data"]
+        assert [p["rank"] for p in places] == [0, 1]
+        args = [*stage_args(stage, data, stages), "--steps", 3, "--out", tmp_path, "--resume", tmp_path / "last.pt"]
+        run(f"{stage}.py", *args, processes=2)
+        assert "was saved by 2 processes, these are 1" in run(f"{stage}.py", *args, check=False).stderr
 
 
 def test_a_batch_can_be_overfitted(data, stages):
