@@ -625,6 +625,7 @@ def main(cfg: Config):
         log.print(f"policy: {cfg.out}/policy")
     log.close()
     if world > 1:
+        dist.barrier()                                      # gloo's threads must be done: leaving can deadlock on the GIL
         dist.destroy_process_group()
     if stop.signal:
         print(f"stopped; continue with --resume {cfg.out}/last.pt", file=sys.stderr)
