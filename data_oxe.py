@@ -938,15 +938,16 @@ class Loader:
         """The stream's first n batches, the same at every call; the position does not move. For validation."""
         return (batch for batch, _ in islice(self._batches((0, 0)), n))
 
-    def to(self, device):
-        """As `iter()`, with torch tensors on `device`: one thread reads, pins, sends and resizes the next batch meanwhile."""
+    def to(self, device, more=None):
+        """As `iter()`, with torch tensors on `device`: one thread reads, pins, sends and resizes the next batch meanwhile.
+        more: fn(batch of arrays) -> further arrays of it, called in that thread."""
         import torch
         cuda = torch.device(device).type == "cuda"
         side = torch.cuda.Stream(device) if cuda else None      # copies do not queue behind the step's kernels
 
         def send(batch):
             with torch.cuda.stream(side) if cuda else contextlib.nullcontext():
-                batch = to_device(batch, device, self.image_size)
+                batch = to_device({**batch, **(more(batch) if more else {})}, device, self.image_size)
             if cuda:
                 side.synchronize()
             return batch
@@ -981,23 +982,26 @@ def to_device(batch: dict, device, image_size: int) -> dict:
     def send(x):
         x = torch.from_numpy(x)
         return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-    def fit(x):                                                 # (..., h, w, 3) -> (..., S, S, 3)
-        if x.shape[-3:-1] == (image_size, image_size):
-            return x
-        y = x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2).float()
-        y = torch.nn.functional.interpolate(y, (image_size, image_size), mode="bilinear", antialias=True)
-        return y.permute(0, 2, 3, 1).round().clamp(0, 255).to(torch.uint8).reshape(*x.shape[:-3], image_size, image_size, 3)
     out = {k: send(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
     if isinstance(batch.get("frames"), list):
         frames = batch["frames"]
         out["frames"] = torch.empty(len(frames), 2, image_size, image_size, 3, dtype=torch.uint8, device=device)
         for shape in {x.shape for x in frames}:                 # one resize for all pairs of a size
             rows = [i for i, x in enumerate(frames) if x.shape == shape]
-            out["frames"][rows] = fit(send(np.stack([frames[i] for i in rows])))
+            out["frames"][rows] = fit(send(np.stack([frames[i] for i in rows])), image_size)
     elif "frames" in out:
-        out["frames"] = fit(out["frames"])
+        out["frames"] = fit(out["frames"], image_size)
     return out
+
+
+def fit(frames, size: int):
+    """uint8 tensor (..., H, W, 3) -> uint8 (..., size, size, 3), bilinear, antialiased; as it is if it fits already."""
+    import torch
+    if frames.shape[-3:-1] == (size, size):
+        return frames
+    x = frames.reshape(-1, *frames.shape[-3:]).permute(0, 3, 1, 2).float()
+    x = torch.nn.functional.interpolate(x, (size, size), mode="bilinear", antialias=True).round().clamp(0, 255)
+    return x.permute(0, 2, 3, 1).to(torch.uint8).reshape(*frames.shape[:-3], size, size, 3)
 
 
 def ahead(batches, transform):

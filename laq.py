@@ -1,22 +1,28 @@
 """Stage 1: latent action quantization. Learns S discrete tokens for what happens between frame t and frame t+k.
 
     python laq.py --data data --mix metaworld_corner4                          # CPU or one GPU
-    torchrun --nproc_per_node=4 laq.py --batch-size 256 --dtype bfloat16       # four GPUs
+    torchrun --nproc_per_node=4 laq.py --size base --batch-size 256 --dtype bfloat16 --compile     # four GPUs
     sbatch sbatch/laq.sh                                                       # Slurm
     python laq.py --resume runs/laq/last.pt                                    # continue; --export-only: just export
+    python laq.py --analyze runs/laq/last.pt                                   # what the tokens mean, on held-out episodes
 
-In: RLDS episodes through data_oxe.py; no action is used for training, only to measure.
-Out, in OUT: laq.pt2 (frozen labeller for vla.py), last.pt (to resume), metrics.jsonl, pairs.png.
+In: RLDS episodes through data_oxe.py; no action is used for training (unless --action-fraction), only to measure.
+Out, in OUT: laq.pt2 (frozen labeller for vla.py), last.pt (to resume), metrics.jsonl, pairs.png, analysis/.
 
 Reconstruction alone learns to copy frame t while the codes carry nothing: PSNR rises, shuffling the codes over the
-batch changes nothing. Four things turn that around: the encoder sees the difference of the frames, moving pixels
-weigh more, dead codes are re-seeded from encoder outputs, and the decoder also predicts optical flow. Look at
+batch changes nothing. What turns that around: the encoder sees the difference of the frames and is read out patch by
+patch, so that its outputs tell pairs apart from the first step; moving pixels weigh more; coarse optical flow is read
+linearly from the latents and finely from the decoder; dead codes are re-seeded from encoder outputs. Look at
 `psnr_shuffled` and `probe_r2` beside their baselines; PSNR itself says little.
 
-Idea: LAPA (arXiv 2410.11758), Genie (2402.15391). Letters: B batch, S latent tokens, K codes, D code width, H W image.
+Ideas: LAPA (arXiv 2410.11758), Genie (2402.15391), LAOM (2502.00379: some action labels), VQ-VAE (1711.00937), NSVQ
+(Vali and Backstrom 2022), FSQ (2309.15505), DIS (Kroeger et al. 2016), RAFT (2003.12039).
+Letters: B batch, S latent tokens, K codes, D code width, P patches, W width, H image height, A action width.
 """
 import base64
+import contextlib
 import copy
+import html
 import json
 import math
 import os
@@ -25,6 +31,7 @@ import signal
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -37,9 +44,16 @@ import tyro
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data_oxe
+
+SIZES = {   # what --size sets, unless given: patch, width, layers of the ViT; channels of the CNN's first level
+    "tiny": dict(image_size=64, patch=8, width=128, layers=2, decoder_layers=2, channels=16),
+    "base": dict(image_size=224, patch=16, width=768, layers=12, decoder_layers=6, channels=64),
+    "lapa": dict(image_size=256, patch=32, width=1024, layers=16, decoder_layers=8, channels=64)}
+FLOW_GRID, SUMMARY = 16, 4                      # cells a side of the flow target, and of what the latents must say linearly
 
 
 @dataclass
@@ -68,27 +82,61 @@ class Config:
     """Where pictures are resized: 'cpu', or 'gpu' where the CPU cannot keep up."""
     max_bad: float = 0.001
     """Share of bad episodes (unreadable, too short, not finite ...) to skip with a warning before stopping."""
-    image_size: int = 64
-    """Pixels a side, a multiple of 16."""
-    width: int = 32
-    """Channels of the first convolution; deeper ones have 2, 3 and 4 times as many."""
+    size: str = "tiny"
+    """Preset of the six sizes below: tiny (64 px, for a CPU), base (224 px) or lapa (256 px, as large as LAPA's)."""
+    arch: str = "vit"
+    """Encoder and decoder: 'vit' or 'cnn'."""
+    image_size: int | None = None
+    """Pixels a side."""
+    patch: int | None = None
+    """Pixels a side of a ViT patch."""
+    width: int | None = None
+    """Width of the ViT."""
+    layers: int | None = None
+    """ViT blocks of the encoder."""
+    decoder_layers: int | None = None
+    """ViT blocks of the decoder."""
+    channels: int | None = None
+    """Channels of the CNN's first level; its three others have 2, 4 and 8 times as many."""
+    quantizer: str = "vq"
+    """'vq' (straight-through), 'nsvq' (noise substitution) or 'fsq' (finite scalars)."""
     tokens: int = 4
     """S, latent tokens a pair."""
     codes: int = 16
-    """K, codes a token; each token has a codebook of its own."""
+    """K, codes a token."""
     code_dim: int = 32
     """D, width of a code."""
+    shared_codebook: bool = False
+    """One codebook for all tokens instead of one each (vq, nsvq)."""
+    levels: tuple[int, ...] = (4, 4)
+    """Levels of fsq's dimensions; their product is K."""
     beta: float = 0.25
-    """Weight of the commitment loss."""
+    """Weight of the commitment loss (vq, nsvq)."""
+    ema: float = 0.0
+    """Decay of codes that follow encoder outputs by moving averages instead of the codebook loss (vq), such as 0.99."""
+    reseed_every: int = 20
+    """Steps between re-seeding codes used less than a tenth of their share from encoder outputs; 0: never."""
     motion_weight: float = 10.0
     """How much more a fully changed pixel weighs than a still one."""
     flow_weight: float = 1.0
-    """Weight of predicting optical flow (DIS, OpenCV) in units of a 16x16 grid; 0: off."""
+    """Weight of predicting optical flow, by the decoder and coarsely by the latents alone; 0: off."""
+    flow_warmup: int = 0
+    """Steps over which the flow weight rises from 0."""
+    flow_teacher: str = "dis"
+    """'dis' (OpenCV, no weights) or 'raft' (torchvision and its weights must be there)."""
+    features: str = ""
+    """Frozen vision model whose features of frame t+k are predicted too, such as facebook/dinov2-small."""
+    action_fraction: float = 0.0
+    """Share of the episodes with actions whose actions also supervise the latents (LAOM needed 0.025)."""
+    still: float = 0.05
+    """Share of training pairs replaced by frame t twice, so that "no motion" has codes of its own."""
     shift: int = 4
-    """Random shift of training images in pixels; hurts a policy where camera and robot are bolted down."""
-    reseed_every: int = 20
-    """Steps between replacing codes used less than a tenth of their share, in the first 80% of the steps."""
-    steps: int = 1500
+    """Random shift of training images in pixels, the same for both frames."""
+    crop: float = 0.0
+    """Random zoom: up to this share of the image's side is cut away, the same for both frames."""
+    color: float = 0.0
+    """Random contrast, and brightness of each channel, by up to this share, the same for both frames."""
+    steps: int = 1200
     """Optimizer steps; 0 exports the untrained model, as a control."""
     batch_size: int = 32
     """Samples a step over all processes."""
@@ -108,7 +156,7 @@ class Config:
     """float32, or bfloat16 autocast."""
     compile: bool = False
     """torch.compile the training step."""
-    eval_every: int = 250
+    eval_every: int = 400
     """Steps between validations."""
     eval_batches: int = 16
     """Batches of a validation."""
@@ -124,143 +172,390 @@ class Config:
     """Checkpoint last.pt to continue from."""
     export_only: bool = False
     """With --resume: write the hand-over again and stop."""
+    analyze: str = ""
+    """Checkpoint to analyze instead of training, with its own settings unless given: OUT/analysis/report.html."""
 
 
-# ---------------------------------------------------------------------------------------------- model
-def conv(i: int, o: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.SiLU())
+# ---------------------------------------------------------------------------------------------- encoders and decoders
+class Block(nn.Module):
+    """Pre-norm transformer block that starts as the identity."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = width // (64 if width > 256 else 32)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x):                                                       # (B, P, W)
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-class Decoder(nn.Module):
-    """Frame t and the latents -> frame t+k and optical flow. A small U-Net; the latents enter at its coarsest scale."""
+def patchify(x, p: int):
+    """(B, C, H, H) -> (B, P, C*p*p)"""
+    return F.pixel_unshuffle(x, p).flatten(2).transpose(1, 2)
+
+
+def unpatchify(x, p: int):
+    """(B, P, C*p*p) -> (B, C, sqrt(P)*p, sqrt(P)*p)"""
+    return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (math.isqrt(x.shape[1]), -1)), p)
+
+
+def motion(a, b, side: int):
+    """How much each cell of a (side, side) grid changed, (B, 1, side, side) in 0..1. Encoders are read out through this
+    gate: where nothing moves they see nothing, so all still pairs have the same codes, whatever they show."""
+    return torch.tanh(20 * F.adaptive_avg_pool2d((b - a).abs().mean(1, keepdim=True), side))
+
+
+class ViTEncoder(nn.Module):
+    """Frame t and the difference, patch by patch -> latents. Read out from all patches: with blocks that start as the
+    identity this is a linear map of the input at first, so outputs differ between pairs; query tokens collapse."""
 
     def __init__(self, cfg: Config):
         super().__init__()
-        w, side, latent = cfg.width, cfg.image_size // 16, cfg.tokens * cfg.code_dim
-        c1, c2, c3 = w, 2 * w, 3 * w
-        self.down1, self.down2, self.down3 = conv(3, c1, 2), conv(c1, c2, 2), conv(c2, c3, 2)
-        self.film, self.grid = nn.Linear(latent, 2 * c3), nn.Linear(latent, c2 * (2 * side) ** 2)
-        self.up3 = nn.Sequential(conv(c3 + c2, c3), nn.Conv2d(c3, c2, 1), nn.Upsample(scale_factor=2))
-        self.up2 = nn.Sequential(conv(c2, c2), nn.Conv2d(c2, c1, 1), nn.Upsample(scale_factor=2))
-        self.up1 = conv(c1, c1)
-        self.to_flow, self.to_pixels = nn.Conv2d(c2, 2, 3, 1, 1), nn.Conv2d(c1, 12, 3, 1, 1)
+        self.cfg, P, W = cfg, (cfg.image_size // cfg.patch) ** 2, cfg.width
+        self.embed, self.place = nn.Linear(6 * cfg.patch ** 2, W), nn.Parameter(0.02 * torch.randn(P, W))
+        self.blocks, self.norm = nn.Sequential(*[Block(W) for _ in range(cfg.layers)]), nn.LayerNorm(W)
+        self.thin, self.out = nn.Linear(W, 16), nn.Linear(16 * P, cfg.tokens * cfg.code_dim)
+
+    def forward(self, a, b):                                                    # (B, 3, H, H) each
+        x = self.embed(patchify(torch.cat([a, 3 * (b - a)], 1), self.cfg.patch)) + self.place      # (B, P, W)
+        gate = motion(a, b, math.isqrt(x.shape[1])).flatten(2).transpose(1, 2)  # (B, P, 1)
+        x = self.thin(self.norm(self.blocks(x))) * gate                         # (B, P, 16)
+        return self.out(x.flatten(1)).unflatten(1, (self.cfg.tokens, -1))       # (B, S, D)
+
+
+class ViTDecoder(nn.Module):
+    """Frame t and the latents, which enter as tokens -> frame t+k, flow, hidden map."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg, P, W = cfg, (cfg.image_size // cfg.patch) ** 2, cfg.width
+        self.embed, self.token = nn.Linear(3 * cfg.patch ** 2, W), nn.Linear(cfg.code_dim, W)
+        self.place = nn.Parameter(0.02 * torch.randn(cfg.tokens + P, W))
+        self.blocks, self.norm = nn.Sequential(*[Block(W) for _ in range(cfg.decoder_layers)]), nn.LayerNorm(W)
+        self.to_pixels, self.to_flow = nn.Linear(W, 3 * cfg.patch ** 2), nn.Linear(W, 8)
         nn.init.zeros_(self.to_pixels.weight)                                   # starts as a copy of frame t
 
-    def forward(self, frame, latent):
-        """frame float (B, 3, H, W) in -0.5..0.5, latent (B, S, D) -> frame t+k, flow (B, 2, H/4, W/4)."""
-        f1 = self.down1(frame)                                                  # (B, c1, H/2, W/2)
-        f2 = self.down2(f1)                                                     # (B, c2, H/4, W/4)
-        f3 = self.down3(f2)                                                     # (B, c3, H/8, W/8)
-        z = latent.flatten(1)                                                   # (B, S*D)
-        grid = self.grid(z).unflatten(1, (-1, *f3.shape[2:]))                   # (B, c2, H/8, W/8)
-        scale, bias = self.film(z)[..., None, None].chunk(2, 1)                 # (B, c3, 1, 1) each
-        x = self.up3(torch.cat([f3 * (1 + scale) + bias, grid], 1)) + f2        # (B, c2, H/4, W/4)
-        flow = self.to_flow(x)                                                  # (B, 2, H/4, W/4)
-        x = self.up1(self.up2(x) + f1)                                          # (B, c1, H/2, W/2)
-        return frame + F.pixel_shuffle(self.to_pixels(x), 2), flow              # (B, 3, H, W)
+    def forward(self, a, q):                                                    # (B, 3, H, H), (B, S, D)
+        x = torch.cat([self.token(q), self.embed(patchify(a, self.cfg.patch))], 1) + self.place     # (B, S+P, W)
+        x = self.norm(self.blocks(x)[:, self.cfg.tokens:])                      # (B, P, W)
+        return a + unpatchify(self.to_pixels(x), self.cfg.patch), unpatchify(self.to_flow(x), 2), unpatchify(x, 1)
 
 
-class LAQ(nn.Module):
-    """Encoder of a frame pair, quantizer with one codebook a token, decoder conditioned on frame t.
+class Residual(nn.Module):
+    """Two convolutions around which the input passes; starts as the identity."""
 
-    encode(frames uint8 (B, 2, H, W, 3)) -> (codes int64 (B, S), vectors float32 (B, S, D))
-    forward(frames, flow (B, 2, 16, 16)) -> loss, parts, codes, z: what a training step needs
+    def __init__(self, c: int):
+        super().__init__()
+        self.body = nn.Sequential(nn.GroupNorm(8, c), nn.SiLU(), nn.Conv2d(c, c, 3, 1, 1),
+                                  nn.GroupNorm(8, c), nn.SiLU(), nn.Conv2d(c, c, 3, 1, 1))
+        nn.init.zeros_(self.body[-1].weight)
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+def level(i: int, o: int) -> nn.Sequential:
+    """Halves the side."""
+    return nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), Residual(o), Residual(o))
+
+
+class CNNEncoder(nn.Module):
+    """Frame t and the difference -> four levels, 1/16 of the side -> latents, read out from a 4x4 grid."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg, widths = cfg, [cfg.channels * m for m in (1, 2, 4, 8)]
+        self.levels = nn.Sequential(*[level(i, o) for i, o in zip([6, *widths], widths)])
+        self.norm, self.out = nn.GroupNorm(8, widths[3]), nn.Linear(16 * widths[3], cfg.tokens * cfg.code_dim)
+
+    def forward(self, a, b):                                                    # (B, 3, H, H) each
+        x = F.silu(self.norm(self.levels(torch.cat([a, 3 * (b - a)], 1))))      # (B, 8c, H/16, H/16)
+        x = F.adaptive_avg_pool2d(x * motion(a, b, x.shape[-1]), 4)             # (B, 8c, 4, 4)
+        return self.out(x.flatten(1)).unflatten(1, (self.cfg.tokens, -1))       # (B, S, D)
+
+
+class CNNDecoder(nn.Module):
+    """The encoder mirrored, a U-Net over frame t; latents enter at its coarsest level as a map and scale its channels."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg, latent = cfg, cfg.tokens * cfg.code_dim
+        c = [cfg.channels * m for m in (1, 2, 4, 8)]
+        self.down = nn.ModuleList([level(i, o) for i, o in zip([3, *c], c)])
+        self.map, self.scale = nn.Linear(latent, 16 * c[2]), nn.Linear(latent, c[3])
+        self.up = nn.ModuleList([nn.Sequential(nn.Conv2d(i, o, 3, 1, 1), Residual(o), Residual(o))
+                                 for i, o in zip([c[3] + c[2], c[2], c[1], c[0]], [c[2], c[1], c[0], c[0]])])
+        self.to_pixels, self.to_flow = nn.Conv2d(c[0], 3, 3, 1, 1), nn.Conv2d(c[1], 2, 3, 1, 1)
+        nn.init.zeros_(self.to_pixels.weight)                                   # starts as a copy of frame t
+
+    def forward(self, a, q):                                                    # (B, 3, H, H), (B, S, D)
+        skips, z = [a], q.flatten(1)
+        for down in self.down:
+            skips.append(down(skips[-1]))                                       # (B, c, H/2), ... (B, 8c, H/16)
+        x = skips.pop() * (1 + self.scale(z)[..., None, None])
+        hidden = torch.cat([x, F.interpolate(self.map(z).unflatten(1, (-1, 4, 4)), x.shape[2:])], 1)
+        for i, up in enumerate(self.up):
+            hidden = F.interpolate(up(hidden), scale_factor=2)
+            if i < 3:
+                hidden = hidden + skips.pop()
+            if i == 1:
+                middle = hidden                                                 # (B, 2c, H/4, H/4)
+        return a + torch.tanh(self.to_pixels(hidden)), self.to_flow(middle), middle
+
+
+# ---------------------------------------------------------------------------------------------- quantizers
+class VQ(nn.Module):
+    """Nearest code of a codebook for each token. `nsvq`: noise as long as the quantization error takes its place in
+    training, so that no gradient is copied past the rounding (Vali and Backstrom 2022).
+
+    forward(z (B, S, D)) -> what the decoder gets (B, S, D), codes (B, S), loss. lookup(codes) -> vectors (B, S, D).
     """
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.cfg, w, side = cfg, cfg.width, cfg.image_size // 16
-        S, K, D = cfg.tokens, cfg.codes, cfg.code_dim
-        c1, c2, c3, c4 = w, 2 * w, 3 * w, 4 * w
-        self.encoder = nn.Sequential(conv(6, c1, 2), conv(c1, c2, 2), conv(c2, c3, 2), conv(c3, c4, 2), conv(c4, c4),
-                                     nn.Flatten(), nn.Linear(c4 * side * side, S * D))
-        self.codebook = nn.Parameter(torch.randn(S, K, D))
+        self.cfg, S, K, D = cfg, cfg.tokens, cfg.codes, cfg.code_dim
+        self.books = nn.Parameter(torch.randn(1 if cfg.shared_codebook else S, K, D), requires_grad=not cfg.ema)
         self.register_buffer("usage", torch.full((S, K), 1.0 / K))              # running share of each code
-        self.decoder = Decoder(cfg)
+        self.register_buffer("sums", torch.zeros(S, K, D))                      # running sums of outputs, for ema
 
-    def features(self, frames):
-        """-> unquantized z (B, S, D), each token normalized to unit variance."""
-        a, b = self.to_float(frames).unbind(1)                                  # (B, 3, H, W) each
-        z = self.encoder(torch.cat([a, 3 * (b - a)], 1))                        # (B, S*D)
-        return F.layer_norm(z.float().view(-1, self.cfg.tokens, self.cfg.code_dim), (self.cfg.code_dim,))
-
-    def quantize(self, z):
-        """Nearest code of each token's codebook: codes (B, S), vectors (B, S, D)."""
-        d = (z[:, :, None] - self.codebook).square().sum(-1)                    # (B, S, K)
-        codes = d.argmin(-1)                                                    # (B, S)
-        return codes, self.lookup(codes)
+    def codebook(self):
+        return self.books.expand(self.cfg.tokens, -1, -1)                       # (S, K, D)
 
     def lookup(self, codes):
-        return self.codebook[torch.arange(self.cfg.tokens, device=codes.device), codes]
+        return self.codebook()[torch.arange(self.cfg.tokens, device=codes.device), codes]
 
-    def encode(self, frames):
-        return self.quantize(self.features(frames))
+    def codes(self, z):
+        book = self.codebook()
+        dot = torch.einsum("bsd,skd->bsk", z, book)
+        return (book.square().sum(-1) - 2 * dot).argmin(-1)                     # (B, S)
 
-    @staticmethod
-    def to_float(frames):
-        """uint8 (B, 2, H, W, 3) -> float (B, 2, 3, H, W) in -0.5..0.5."""
-        return frames.permute(0, 1, 4, 2, 3).float() / 255 - 0.5
-
-    def forward(self, frames, flow):
-        cfg = self.cfg
-        z = self.features(frames)
-        codes, q = self.quantize(z)
-        a, b = self.to_float(frames).unbind(1)
-        pred, pred_flow = self.decoder(a, z + (q - z).detach())                  # straight-through
-        moved = F.avg_pool2d((b - a).abs().amax(1, keepdim=True), 5, 1, 2)      # (B, 1, H, W) in 0..1
-        weight = 1 + cfg.motion_weight * (4 * moved).clamp(max=1)
-        weight = weight / weight.mean((1, 2, 3), keepdim=True)                  # samples count alike, in any batch
-        parts = {"pixel": (weight * (pred - b).abs()).mean(),
-                 "codebook": F.mse_loss(q, z.detach()), "commit": F.mse_loss(z, q.detach())}
-        loss = 10 * parts["pixel"] + parts["codebook"] + cfg.beta * parts["commit"]
-        parts["flow"] = (F.adaptive_avg_pool2d(pred_flow, flow.shape[-2:]) - flow).abs().mean()
-        loss = loss + cfg.flow_weight * parts["flow"]
-        return loss, {k: v.detach() for k, v in parts.items()}, codes, z.detach()
+    def forward(self, z):
+        codes = self.codes(z)
+        q = self.lookup(codes)
+        loss = self.cfg.beta * F.mse_loss(z, q.detach())
+        if self.cfg.quantizer == "nsvq":
+            noise = torch.randn_like(z)
+            return z + noise * ((z - q).norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)), codes, loss
+        return z + (q - z).detach(), codes, loss + (0 if self.cfg.ema else F.mse_loss(q, z.detach()))
 
     @torch.no_grad()
-    def track_usage(self, codes):
-        """Running share of each code, over all processes."""
-        counts = F.one_hot(codes, self.cfg.codes).float().sum(0)                # (S, K)
+    def observe(self, z, codes):
+        """Running share of each code, over all processes; with `ema` also moves the codes."""
+        hot = F.one_hot(codes, self.cfg.codes).float()                          # (B, S, K)
+        counts, sums = hot.sum(0), torch.einsum("bsk,bsd->skd", hot, z)
         if dist.is_initialized():
             dist.all_reduce(counts)
-        self.usage.lerp_(counts / counts.sum(1, keepdim=True), 0.05)
+            dist.all_reduce(sums)
+        n = counts[0].sum()
+        decay = self.cfg.ema or 0.95
+        self.usage.lerp_(counts / n, 1 - decay)
+        self.sums.lerp_(sums / n, 1 - decay)
+        if self.cfg.ema:
+            sums, usage = (x.sum(0, keepdim=True) if self.cfg.shared_codebook else x for x in (self.sums, self.usage))
+            self.books.copy_(torch.where(usage[..., None] > 1e-4, sums / usage[..., None].clamp(min=1e-4), self.books))
 
     @torch.no_grad()
-    def reseed(self, z, everything: bool = False):
+    def reseed(self, z, everything: bool = False) -> int:
         """Moves codes used less than a tenth of their share onto encoder outputs z (B, S, D), rank 0's on every rank."""
-        dead = self.usage < 0.1 / self.cfg.codes                                # (S, K)
-        if everything:
-            dead = torch.ones_like(dead)
+        S, K = self.usage.shape
+        usage = self.usage.mean(0, keepdim=True) if self.cfg.shared_codebook else self.usage
+        dead = (usage < 0.1 / K) | everything                                   # (books, K)
         order = torch.randperm(len(z)).tolist()                                 # no output twice for one token
         for s, k in dead.nonzero().tolist():
-            self.codebook[s, k] = z[order[k % len(z)], s]
-            self.usage[s, k] = 1.0 / self.cfg.codes
+            token = k % S if self.cfg.shared_codebook else s
+            self.books[s, k] = z[order[k % len(z)], token]
+            rows = slice(None) if self.cfg.shared_codebook else s
+            self.usage[rows, k], self.sums[rows, k] = 1.0 / K, self.books[s, k] / K
         if dist.is_initialized():
-            dist.broadcast(self.codebook.data, 0)
+            dist.broadcast(self.books.data, 0)
         return int(dead.sum())
 
 
-def optical_flow(frames: np.ndarray, grid: int = 16) -> torch.Tensor:
-    """DIS optical flow (Kroeger et al. 2016) of uint8 pairs (B, 2, H, W, 3), in grid cells: float32 (B, 2, grid, grid)."""
-    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    out = []
-    for a, b in frames:
-        flow = dis.calc(cv2.cvtColor(a, cv2.COLOR_RGB2GRAY), cv2.cvtColor(b, cv2.COLOR_RGB2GRAY), None)
-        out.append(cv2.resize(flow, (grid, grid), interpolation=cv2.INTER_AREA))
-    return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2) * (grid / frames.shape[2])
+class FSQ(nn.Module):
+    """Each token is projected to a few dimensions that are bounded and rounded to fixed levels (arXiv 2309.15505); all
+    combinations of levels are the K codes. The same interface as VQ; there is nothing to re-seed."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.down = nn.Parameter(torch.randn(cfg.tokens, cfg.code_dim, len(cfg.levels)) / cfg.code_dim ** 0.5)
+        self.up = nn.Parameter(torch.randn(cfg.tokens, len(cfg.levels), cfg.code_dim))
+        grids = torch.meshgrid(*[torch.linspace(-1, 1, n) for n in cfg.levels], indexing="ij")
+        self.register_buffer("levels", torch.tensor(cfg.levels) - 1.0)
+        self.register_buffer("grid", torch.stack(grids, -1).flatten(0, -2))     # (K, levels)
+        self.register_buffer("usage", torch.full((cfg.tokens, cfg.codes), 1.0 / cfg.codes))
+
+    def codebook(self):
+        return torch.einsum("kl,sld->skd", self.grid, self.up)                  # (S, K, D)
+
+    def lookup(self, codes):
+        return torch.einsum("bsl,sld->bsd", self.grid[codes], self.up)
+
+    def levels_of(self, z):
+        """-> bounded (B, S, levels) in -1..1, and the index of the nearest level."""
+        y = torch.tanh(torch.einsum("bsd,sdl->bsl", z, self.down))
+        return y, ((y + 1) / 2 * self.levels).round()
+
+    def codes(self, z):
+        index = self.levels_of(z)[1].long()
+        codes = torch.zeros_like(index[..., 0])
+        for i, n in enumerate(self.cfg.levels):
+            codes = codes * n + index[..., i]
+        return codes
+
+    def forward(self, z):
+        y, index = self.levels_of(z)
+        y = y + (index / self.levels * 2 - 1 - y).detach()
+        return torch.einsum("bsl,sld->bsd", y, self.up), self.codes(z), z.new_zeros(())
+
+    observe, reseed = VQ.observe, lambda self, z, everything=False: 0
 
 
-def random_shift(frames: torch.Tensor, pixels: int) -> torch.Tensor:
-    """Shifts each sample of uint8 (B, ..., H, W, 3) by up to `pixels`, edges repeated (DrQ, arXiv 2004.13649)."""
-    if not pixels:
-        return frames
-    B, H, W = frames.shape[0], frames.shape[-3], frames.shape[-2]
-    dy, dx = torch.randint(-pixels, pixels + 1, (2, B, 1), device=frames.device)
-    rows = (torch.arange(H, device=frames.device) + dy).clamp(0, H - 1)         # (B, H)
-    cols = (torch.arange(W, device=frames.device) + dx).clamp(0, W - 1)         # (B, W)
-    flat = frames.reshape(B, -1, H, W, 3)
-    b = torch.arange(B, device=frames.device)[:, None, None]
-    return flat.transpose(1, 2).transpose(2, 3)[b, rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2, 4).reshape(frames.shape)
+# ---------------------------------------------------------------------------------------------- model
+class LAQ(nn.Module):
+    """Encoder of a frame pair, quantizer, decoder conditioned on frame t.
+
+    encode(frames uint8 (B, 2, H, H, 3)) -> (codes int64 (B, S), vectors float32 (B, S, D))
+    forward(frames, flow (B, 2, 16, 16), targets) -> loss, parts, z, codes: what a training step needs
+    """
+
+    def __init__(self, cfg: Config, feature_dim: int = 0, action_dim: int = 1, datasets: int = 1):
+        super().__init__()
+        self.cfg, vit, latent = cfg, cfg.arch == "vit", cfg.tokens * cfg.code_dim
+        self.encoder, self.decoder = (ViTEncoder(cfg), ViTDecoder(cfg)) if vit else (CNNEncoder(cfg), CNNDecoder(cfg))
+        self.quantizer = FSQ(cfg) if cfg.quantizer == "fsq" else VQ(cfg)
+        self.to_summary = nn.Linear(latent, 2 * SUMMARY ** 2)
+        self.to_action = nn.Linear(latent, datasets * action_dim).requires_grad_(cfg.action_fraction > 0)
+        self.register_buffer("action_scale", torch.ones(datasets, 2, action_dim))                   # mean, 1/std
+        if feature_dim:
+            self.to_features = nn.Conv2d(cfg.width if vit else 2 * cfg.channels, feature_dim, 1)
+
+    def features(self, frames):
+        """-> unquantized z (B, S, D), each token of unit variance."""
+        z = self.encoder(*self.to_float(frames).unbind(1))                      # (B, S, D)
+        return F.layer_norm(z.float(), (self.cfg.code_dim,))
+
+    def encode(self, frames):
+        codes = self.quantizer.codes(self.features(frames))
+        return codes, self.quantizer.lookup(codes)
+
+    @staticmethod
+    def to_float(frames):
+        """uint8 (B, 2, H, H, 3) -> float (B, 2, 3, H, H) in -0.5..0.5."""
+        return frames.permute(0, 1, 4, 2, 3).float() / 255 - 0.5
+
+    def forward(self, frames, flow, flow_weight: float, features=None, actions=None):
+        """features: of frame t+k (B, F, h, w). actions: (values (B, A), dataset (B,), labelled bool (B,))."""
+        cfg = self.cfg
+        a, b = self.to_float(frames).unbind(1)                                  # (B, 3, H, H) each
+        z = self.features(frames)                                               # (B, S, D)
+        latent, codes, quantizer_loss = self.quantizer(z)
+        pred, pred_flow, hidden = self.decoder(a, latent)
+        moved = F.avg_pool2d((b - a).abs().amax(1, keepdim=True), 5, 1, 2)      # (B, 1, H, H) in 0..1
+        weight = 1 + cfg.motion_weight * (4 * moved).clamp(max=1)
+        weight = weight / weight.mean((1, 2, 3), keepdim=True)                  # samples count alike, in any batch
+        summary = F.adaptive_avg_pool2d(flow, SUMMARY).flatten(1)               # (B, 2*4*4)
+        parts = {"pixel": (weight * (pred - b).abs()).mean(), "quantizer": quantizer_loss,
+                 "flow": (F.adaptive_avg_pool2d(pred_flow, FLOW_GRID) - flow).abs().mean(),
+                 "summary": (self.to_summary(latent.flatten(1)) - 4 * summary).abs().mean()}
+        loss = 10 * parts["pixel"] + quantizer_loss + flow_weight * (parts["flow"] + 2 * parts["summary"])
+        if features is not None:
+            got = F.interpolate(self.to_features(hidden), features.shape[2:], mode="bilinear")
+            parts["features"] = 1 - F.cosine_similarity(got, features, 1).mean()
+            loss = loss + parts["features"]
+        if actions is not None:
+            values, dataset, labelled = actions
+            mean, scale = self.action_scale[dataset].unbind(1)                  # (B, A) each
+            got = self.to_action(latent.flatten(1)).unflatten(1, (len(self.action_scale), -1))
+            got = got[torch.arange(len(got), device=got.device), dataset]
+            error = (got - (values - mean) * scale).square().mean(1)
+            parts["action"] = (error * labelled).mean()
+            loss = loss + parts["action"] / cfg.action_fraction
+        return loss, {k: v.detach() for k, v in parts.items()}, z.detach(), codes
+
+
+# ---------------------------------------------------------------------------------------------- flow and augmentation
+def optical_flow(frames, workers: ThreadPoolExecutor | None = None) -> np.ndarray:
+    """DIS optical flow of uint8 pairs, (B, 2, H, W, 3) or a list of (2, H, W, 3), computed at 128 pixels a side at most:
+    float32 (B, 2, 16, 16), in cells of that grid."""
+    def one(pair):
+        side = min(128, pair.shape[1])
+        a, b = (cv2.resize(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY), (side, side), interpolation=cv2.INTER_AREA) for x in pair)
+        flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(a, b, None)
+        return cv2.resize(flow, (FLOW_GRID, FLOW_GRID), interpolation=cv2.INTER_AREA) * (FLOW_GRID / side)
+    return np.stack(list((workers.map if workers else map)(one, frames))).transpose(0, 3, 1, 2)
+
+
+def load_raft(device):
+    """-> fn(frames uint8 (B, 2, H, H, 3)) -> flow as optical_flow gives it, by torchvision's small RAFT."""
+    try:
+        from torchvision.models.optical_flow import Raft_Small_Weights, raft_small
+        net = raft_small(weights=Raft_Small_Weights.DEFAULT).eval().requires_grad_(False).to(device)
+    except Exception as e:                                                      # no torchvision, no weights, no network
+        fail(f"--flow-teacher raft needs torchvision and its RAFT weights ({type(e).__name__}: {str(e).splitlines()[0]}); "
+             f"install the torchvision of this torch, or take dis")
+
+    @torch.no_grad()
+    def flow(frames):
+        a, b = (F.interpolate(x, (128, 128), mode="bilinear", antialias=True) for x in (2 * LAQ.to_float(frames)).unbind(1))
+        return F.adaptive_avg_pool2d(net(a, b, num_flow_updates=6)[-1], FLOW_GRID) * (FLOW_GRID / 128)
+    return flow
+
+
+def load_features(name: str, device):
+    """-> (fn(images uint8 (B, H, H, 3)) -> features (B, F, h, w), F) of a frozen DINOv2, SigLIP or another ViT."""
+    from transformers import AutoModel
+    try:
+        net = AutoModel.from_pretrained(name)
+    except (OSError, ValueError) as e:
+        fail(f"--features '{name}': no such model in transformers' cache or on the hub ({str(e).splitlines()[0]})")
+    net = getattr(net, "vision_model", net).eval().requires_grad_(False).to(device)
+    side = net.config.image_size
+    mean, std = ((0.5, 0.5) if "siglip" in net.config.model_type else
+                 (torch.tensor(x, device=device)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))))
+
+    @torch.no_grad()
+    def features(images):
+        x = F.interpolate(images.permute(0, 3, 1, 2).float() / 255, (side, side), mode="bilinear", antialias=True)
+        x = net(pixel_values=(x - mean) / std).last_hidden_state
+        grid = (side // net.config.patch_size) ** 2
+        return unpatchify(x[:, x.shape[1] - grid:], 1)                          # without class and register tokens
+    return features, net.config.hidden_size
+
+
+def augment(frames: torch.Tensor, flow: torch.Tensor, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same random zoom, shift and colours on both frames of a pair, and on its flow; some pairs become still."""
+    B, H, device = len(frames), frames.shape[2], frames.device
+    u = torch.rand(B, 9, device=device)
+    still = u[:, 0] < cfg.still
+    frames = torch.stack([frames[:, 0], torch.where(still[:, None, None, None], frames[:, 0], frames[:, 1])], 1)
+    flow = flow * ~still[:, None, None, None]
+    if cfg.shift or cfg.crop:
+        zoom = 1 - cfg.crop * u[:, 1]                                           # share of the side that is kept
+        reach = (1 - zoom[:, None]) + 2 * cfg.shift / H
+        theta = torch.zeros(B, 2, 3, device=device)
+        theta[:, 0, 0] = theta[:, 1, 1] = zoom
+        theta[:, :, 2] = reach * (2 * u[:, 2:4] - 1)
+        if not cfg.crop:                                                        # whole pixels stay sharp
+            theta[:, :, 2] = (theta[:, :, 2] * H / 2).round() * 2 / H
+
+        def sample(x):                                                          # (B, C, h, w)
+            grid = F.affine_grid(theta, x.shape, align_corners=False)
+            return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+        x = frames.permute(0, 1, 4, 2, 3).flatten(1, 2).float()                 # (B, 6, H, H)
+        frames = sample(x).round().to(torch.uint8).unflatten(1, (2, 3)).permute(0, 1, 3, 4, 2)
+        flow = sample(flow) / zoom[:, None, None, None]
+    if cfg.color:
+        gain, bias = 1 + cfg.color * (2 * u[:, 4:5] - 1), 128 * cfg.color * (2 * u[:, 5:8] - 1)
+        x = (frames.float() - 128) * gain[:, :, None, None, None] + 128 + bias[:, None, None, None]
+        frames = x.round().clamp(0, 255).to(torch.uint8)
+    return frames, flow
 
 
 # ---------------------------------------------------------------------------------------------- shared by the stages
@@ -311,7 +606,7 @@ def make_optimizer(cfg, model: nn.Module, device: torch.device) -> torch.optim.A
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
 def save_checkpoint(cfg, step: int, model: nn.Module, optimizer, loader):
@@ -415,50 +710,115 @@ def step_seed(cfg, step: int, rank: int, world: int):
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
-def ridge_r2(x, y, x_val, y_val, alpha: float = 1e-2) -> np.ndarray:
-    """Held-out R2 of a ridge probe for each column of y; x and y are standardized by the fitting data."""
-    x, y, x_val, y_val = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (x, y, x_val, y_val))
-    m, s = x.mean(0), x.std(0) + 1e-8
-    x, x_val, mean = (x - m) / s, (x_val - m) / s, y.mean(0)
-    w = np.linalg.solve(x.T @ x + alpha * len(x) * np.eye(x.shape[1]), x.T @ (y - mean))
-    return 1 - ((y_val - mean - x_val @ w) ** 2).sum(0) / ((y_val - y_val.mean(0)) ** 2).sum(0).clip(1e-12)
+def ridge(x, y, x_val, alpha: float = 1e-2) -> np.ndarray:
+    """Ridge regression of y (N, m) on x (N, n), both standardized -> predictions for x_val, float64."""
+    x, y, x_val = (np.asarray(v, np.float64) for v in (x, y, x_val))
+    m, s, mean = x.mean(0), x.std(0) + 1e-8, y.mean(0)
+    x, x_val = (x - m) / s, (x_val - m) / s
+    return mean + x_val @ np.linalg.solve(x.T @ x + alpha * len(x) * np.eye(x.shape[1]), x.T @ (y - mean))
+
+
+def r2(pred, y) -> np.ndarray:
+    """Explained share of the variance of each column of y."""
+    return 1 - ((y - pred) ** 2).mean(0) / y.var(0).clip(1e-12)
+
+
+def spread(y):
+    """Columns of y in units of their standard deviation."""
+    return (y - y.mean(0)) / y.std(0).clip(1e-6)
+
+
+def ssim(x, y):
+    """Structural similarity (Wang et al. 2004) of images (B, 3, H, H) of range 1, 7x7 windows -> (B,)."""
+    mean = lambda v: F.avg_pool2d(v, 7, 1)
+    mx, my = mean(x), mean(y)
+    vx, vy, c = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
+    value = (2 * mx * my + 1e-4) * (2 * c + 9e-4) / ((mx * mx + my * my + 1e-4) * (vx + vy + 9e-4))
+    return value.mean((1, 2, 3))
+
+
+def weighted_flow(flow: np.ndarray) -> np.ndarray:
+    """Flow fields (N, 2, h, w) -> their mean weighted by magnitude, (N, 2): which way the moving parts move."""
+    magnitude = np.linalg.norm(flow, axis=1, keepdims=True) + 1e-6
+    return (flow * magnitude).sum((2, 3)) / magnitude.sum((2, 3))
 
 
 @torch.no_grad()
-def evaluate(model: LAQ, cfg: Config, val_loader, probe_loader, device) -> dict:
-    """Metrics on held-out episodes. The probe is fitted on latents of training episodes, tested on held-out ones."""
+def collect(model: LAQ, control: LAQ, cfg: Config, loader, device, batches: int, decode: bool = True) -> dict:
+    """What metrics and pictures need of a loader's first batches: arrays over N samples. "mse" (N, 4): of the prediction,
+    with another sample's codes, with the tokens' codes in reverse, and of frame t; "ssim" (N, 2): prediction, frame t."""
+    out, motion = {}, loader.motion_dims
     model.eval()
-
-    def collect(loader):
-        out = {"vectors": [], "diff": [], "action": [], "codes": []}
-        err = np.zeros(3)
-        for batch in loader.first(cfg.eval_batches):
-            frames = data_oxe.to_device(batch, device, cfg.image_size)["frames"]
-            codes, q = model.encode(frames)
-            a, b = model.to_float(frames).unbind(1)
-            shuffled = q.roll(1, 0)
-            err += [F.mse_loss(x, b).item() for x in (model.decoder(a, q)[0], model.decoder(a, shuffled)[0], a)]
-            for key, value in dict(vectors=q.flatten(1), codes=codes, diff=(b - a).mean((2, 3))).items():
-                out[key].append(value.cpu().numpy())
-            out["action"].append(batch["action_sum"][:, loader.motion_dims])
-        return {k: np.concatenate(v) for k, v in out.items()}, -10 * np.log10(err / cfg.eval_batches)
-
-    fit, _ = collect(probe_loader)
-    val, (psnr, shuffled, copy) = collect(val_loader)
-    share = np.stack([np.bincount(c, minlength=cfg.codes) for c in val["codes"].T]) / len(val["codes"])     # (S, K)
-    entropy = -(share * np.log(share.clip(1e-12))).sum(1)                                                   # (S,)
-    r2 = ridge_r2(fit["vectors"], fit["action"], val["vectors"], val["action"])
-    base = ridge_r2(fit["diff"], fit["action"], val["diff"], val["action"])
+    for batch in loader.first(batches):
+        frames = data_oxe.to_device(batch, device, cfg.image_size)["frames"]
+        codes, q = model.encode(frames)
+        a, b = model.to_float(frames).unbind(1)
+        row = dict(codes=codes, vectors=q.flatten(1), control=control.encode(frames)[1].flatten(1),
+                   difference=(b - a).mean((2, 3)), pooled=F.adaptive_avg_pool2d(b - a, 8).flatten(1))
+        if decode:
+            pictures = [model.decoder(a, x)[0] for x in (q, q.roll(1, 0), q.flip(1))] + [a]
+            row |= dict(still=model.encode(torch.stack([frames[:, 0]] * 2, 1))[0],
+                        mse=torch.stack([(x - b).square().mean((1, 2, 3)) for x in pictures], 1),
+                        ssim=torch.stack([ssim(x + 0.5, b + 0.5) for x in (pictures[0], a)], 1))
+        flow = optical_flow(frames.cpu().numpy())
+        row = {**{k: v.cpu().numpy() for k, v in row.items()}, "mean_flow": flow.mean((2, 3)), "flow": weighted_flow(flow),
+               "instruction": np.array(batch["instruction"], object), "motion": batch["action_sum"][:, motion],
+               **{k: batch[k] for k in ("dataset", "episode", "state")}}
+        for k, v in row.items():
+            out.setdefault(k, []).append(v)
     model.train()
-    return {"psnr": psnr, "psnr_shuffled": shuffled, "psnr_copy": copy, "codes_used": (share > 0).mean(),
-            "perplexity": np.exp(entropy).mean(), "probe_r2": r2.mean(), "probe_r2_pixel_difference": base.mean(),
-            **{f"probe_r2_{i}": v for i, v in enumerate(r2)}}
+    return {k: np.concatenate(v) for k, v in out.items()}
+
+
+def entropy(codes, K: int) -> np.ndarray:
+    """Of each token's codes (N, S), in nats: (S,)"""
+    share = np.stack([np.bincount(c, minlength=K) for c in codes.T]) / max(1, len(codes))
+    return -(share * np.log(share.clip(1e-12))).sum(1)
+
+
+PROBES = {"": "vectors", "_random_quantizer": "control", "_pixel_difference": "difference", "_mean_flow": "mean_flow",
+          "_pooled_difference": "pooled"}
+
+
+def metrics_of(fit: dict, val: dict, cfg: Config) -> dict:
+    """Metrics of one dataset's samples as collect gives them; probes are fitted on `fit`, of training episodes. The pooled
+    difference is 192 unquantized numbers, far more than S*log2(K) bits can carry: a ceiling more than a baseline."""
+    psnr = -10 * np.log10(val["mse"].mean(0))
+    h = entropy(val["codes"], cfg.codes)
+    still, n = np.unique(val["still"], axis=0, return_counts=True)
+    m = {"psnr": psnr[0], "psnr_shuffled": psnr[1], "psnr_reversed": psnr[2], "psnr_copy": psnr[3],
+         "ssim": val["ssim"][:, 0].mean(), "ssim_copy": val["ssim"][:, 1].mean(),
+         "codes_used": np.mean([len(set(c)) for c in val["codes"].T]) / cfg.codes, "perplexity": np.exp(h).mean(), **{f"entropy_{i}": v for i, v in enumerate(h)},
+         "still_same": n.max() / n.sum(), "still_elsewhere": (val["codes"] == still[n.argmax()]).all(1).mean()}
+    moving = fit["motion"].std(0) > 1e-6
+    if moving.any() and val["motion"][:, moving].std(0).min() > 1e-6:
+        y, y_val = fit["motion"][:, moving], val["motion"][:, moving]
+        for name, key in PROBES.items():
+            pred = ridge(fit[key], y, val[key])
+            m |= {f"probe_r2{name}": r2(pred, y_val).mean(), f"probe_mse{name}": ((pred - y_val) ** 2).mean()}
+            m |= {f"probe_r2_{i}": v for i, v in enumerate(r2(pred, y_val))} if not name else {}
+    return m
+
+
+def evaluate(model: LAQ, control: LAQ, cfg: Config, val_loader, probe_loader, device) -> dict:
+    """Metrics on held-out episodes, mean over datasets and, if several, of each as NAME/metric."""
+    fit = collect(model, control, cfg, probe_loader, device, cfg.eval_batches, decode=False)
+    val = collect(model, control, cfg, val_loader, device, cfg.eval_batches)
+    each = {}
+    for i, name in enumerate(val_loader.names):
+        rows = [{k: v[x["dataset"] == i] for k, v in x.items()} for x in (fit, val)]
+        if min(len(r["dataset"]) for r in rows) >= 8:
+            each[name] = metrics_of(*rows, cfg)
+    keys = dict.fromkeys(k for m in each.values() for k in m)
+    mean = {k: np.mean([m[k] for m in each.values() if k in m]) for k in keys}
+    return mean | ({f"{n}/{k}": v for n, m in each.items() for k, v in m.items()} if len(each) > 1 else {})
 
 
 def describe(m: dict, cfg: Config) -> str:
+    probe = f"probe R2 {m['probe_r2']:.2f} (random quantizer {m['probe_r2_random_quantizer']:.2f}, pixel difference " \
+            f"{m['probe_r2_pixel_difference']:.2f}, mean flow {m['probe_r2_mean_flow']:.2f})" if "probe_r2" in m else "no actions"
     return (f"psnr {m['psnr']:.2f} dB (copy frame t {m['psnr_copy']:.2f}, codes shuffled {m['psnr_shuffled']:.2f}) | "
-            f"codes used {m['codes_used']:.0%}, perplexity {m['perplexity']:.2f} of {cfg.codes} | "
-            f"probe R2 {m['probe_r2']:.2f} (mean pixel difference {m['probe_r2_pixel_difference']:.2f})")
+            f"codes used {m['codes_used']:.0%}, perplexity {m['perplexity']:.1f} of {cfg.codes} | {probe}")
 
 
 @torch.no_grad()
@@ -485,6 +845,204 @@ def picture(model: LAQ, cfg: Config, val_loader, device, columns: int = 8):
     plt.close(fig)
 
 
+# ---------------------------------------------------------------------------------------------- analysis
+def nmi(x, y) -> float:
+    """Normalized mutual information of two labelings (N,)."""
+    table = np.zeros((x.max() + 1, y.max() + 1))
+    np.add.at(table, (x, y), 1 / len(x))
+    px, py = table.sum(1, keepdims=True), table.sum(0, keepdims=True)
+    h = [-(p * np.log(p.clip(1e-12))).sum() for p in (px, py)]
+    return (table * np.log(table.clip(1e-12) / (px * py).clip(1e-12))).sum() / max(1e-12, math.sqrt(h[0] * h[1]))
+
+
+def cosine(x, y):
+    """Of rows (N, n): (N,)"""
+    return (x * y).sum(1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)).clip(1e-9)
+
+
+def more_metrics(fit: dict, val: dict, cfg: Config, rng) -> dict:
+    """What --analyze adds to metrics_of for one dataset."""
+    text = np.unique(val["instruction"].astype(str), return_inverse=True)[1]
+    mean_nmi = lambda labels: np.mean([nmi(labels, c) for c in val["codes"].T])
+    m = {"nmi_instruction": mean_nmi(text), "nmi_instruction_shuffled": mean_nmi(rng.permutation(text))}
+    if "probe_r2" not in metrics_of(fit, val, cfg):
+        return m
+    moving = fit["motion"].std(0) > 1e-6
+    y, y_val = fit["motion"][:, moving], val["motion"][:, moving]
+    length, length_val = np.linalg.norm(y, axis=1), np.linalg.norm(y_val, axis=1)
+    movers = length_val > np.median(length)
+    pred, bits = ridge(fit["vectors"], y, val["vectors"]), y_val[:, :3] > np.median(y[:, :3], 0)
+    cell, h = (bits * 2 ** np.arange(bits.shape[1])).sum(1), entropy(val["codes"], cfg.codes).mean()
+    given = sum((cell == c).mean() * entropy(val["codes"][cell == c], cfg.codes).mean() for c in set(cell))
+    return m | {"token_entropy": h, "token_entropy_given_action_octant": given,
+                "probe_direction_cosine": cosine(pred, y_val)[movers].mean(),
+                "probe_direction_cosine_of_mean": cosine(y.mean(0, keepdims=True), y_val)[movers].mean(),
+                "probe_r2_magnitude": r2(ridge(fit["vectors"], length[:, None], val["vectors"]), length_val[:, None]).mean()}
+
+
+@torch.no_grad()
+def transfers(model: LAQ, a_frames, b_frames, a_flow) -> tuple[torch.Tensor, np.ndarray]:
+    """Codes of pairs A applied to frames B -> the pictures, and the cosine of their flow with A's, for the half of A that
+    moves most."""
+    pred = torch.cat([model.decoder(model.to_float(b[:, :1])[:, 0], model.encode(a)[1])[0]
+                      for a, b in zip(a_frames.split(64), b_frames.split(64))])
+    after = ((pred + 0.5) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    flow = weighted_flow(optical_flow(torch.stack([b_frames[:, 0], after], 1).cpu().numpy()))
+    size = np.linalg.norm(a_flow, axis=1)
+    return after, cosine(flow, a_flow)[size >= np.median(size)]
+
+
+def analyze(cfg: Config):
+    """OUT/analysis: report.html with all figures inside, the figures as PNG, metrics.json. Held-out episodes, samples drawn
+    by (seed, step). The tokens looked at closely are chosen once: the commonest codes of the most varied position."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rank, world, device = setup(cfg)
+    state = torch.load(cfg.analyze, map_location="cpu", weights_only=True)
+    loader = lambda split: data_oxe.Loader(
+        split=split, batch_size=64, seed=1000 * cfg.seed + state["step"], shuffle_mb=64, need_instruction=False,
+        **{k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "max_bad",
+                                        "image_size", "horizon_s")})
+    fit_loader, val_loader = loader("train"), loader("val")
+    weights = {k: v for k, v in state["model"].items() if not k.startswith(("to_action", "to_features", "action_scale"))}
+    torch.manual_seed(cfg.seed)
+    model, control = LAQ(cfg).to(device), LAQ(cfg).to(device)
+    model.load_state_dict(weights, strict=False)
+    first = data_oxe.to_device(next(fit_loader.first(1)), device, cfg.image_size)["frames"]
+    with torch.no_grad():
+        control.quantizer.reseed(control.features(first), everything=True)
+    print(f"reading and labelling {2 * cfg.eval_batches * 64} pairs ...")
+    fit, val = (collect(model, control, cfg, x, device, cfg.eval_batches) for x in (fit_loader, val_loader))
+    frames = torch.cat([data_oxe.to_device(b, device, cfg.image_size)["frames"] for b in val_loader.first(cfg.eval_batches)])
+    names, rng, S, K = val_loader.names, np.random.default_rng(state["step"]), cfg.tokens, cfg.codes
+    of = [np.flatnonzero(val["dataset"] == i) for i in range(len(names))]
+    pick = lambda x, rows: {k: v[rows] for k, v in x.items()}
+    fits = [pick(fit, fit["dataset"] == i) for i in range(len(names))]
+    metrics = {n: metrics_of(fits[i], pick(val, of[i]), cfg) | more_metrics(fits[i], pick(val, of[i]), cfg, rng)
+               for i, n in enumerate(names) if min(len(of[i]), len(fits[i]["dataset"])) >= 8}
+    for i, n in enumerate(names):                                               # codes of A on frames of every dataset
+        for j, other in enumerate(names):
+            rows = rng.choice(of[j], len(of[i]))
+            cosines = transfers(model, frames[of[i]], frames[rows], val["flow"][of[i]])[1]
+            metrics.setdefault(n, {})[f"transfer_cosine_to_{other}"] = cosines.mean()
+        others = [f for k, f in enumerate(fits) if k != i and len(f["dataset"]) >= 8]
+        if others and "probe_r2" in metrics[n]:                                 # in units of each dataset's spread
+            x, y = (np.concatenate([f(o) for o in others]) for f in (lambda o: o["vectors"], lambda o: spread(o["motion"])))
+            metrics[n]["probe_r2_left_out"] = r2(ridge(x, y, val["vectors"][of[i]]), spread(val["motion"][of[i]])).mean()
+    position = int(entropy(val["codes"], K).argmax())
+    code = val["codes"][:, position]
+    inspected = np.bincount(code, minlength=K).argsort()[::-1][:6]
+    color = plt.get_cmap("tab20" if K > 10 else "tab10")
+    colors = color(np.arange(K) % color.N)
+    flow = val["flow"] - np.array([val["flow"][o].mean(0) if len(o) else [0, 0] for o in of])[val["dataset"]]
+    arrows = np.array([[flow[o][code[o] == k].mean(0) if (code[o] == k).any() else [np.nan] * 2 for k in range(K)] for o in of])
+    within = np.mean([flow[code == k].var(0).sum() for k in set(code)])
+    unit = arrows / np.linalg.norm(arrows, axis=2, keepdims=True).clip(1e-9)
+    consistency = {"within_token_variance": within, "flow_variance": flow.var(0).sum()}
+    if len(names) > 1:
+        turn = [np.nanmean(np.degrees(np.arccos((unit[i] * unit[j]).sum(1).clip(-1, 1))))
+                for i in range(len(names)) for j in range(i)]
+        consistency |= {"across_dataset_variance": np.nanmean(np.nanvar(arrows, 0).sum(-1)), "mean_angle_degrees": np.mean(turn)}
+    folder, made = Path(cfg.out) / "analysis", {}
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def figure(name: str, title: str, rows: int, columns: int, draw, size: float = 2.6):
+        fig, axes = plt.subplots(rows, columns, figsize=(size * columns, size * rows), squeeze=False)
+        draw(axes)
+        fig.tight_layout()
+        fig.savefig(folder / f"{name}.png", dpi=80)
+        plt.close(fig)
+        made[name] = title
+
+    def image(ax, x, title=""):
+        ax.imshow(x if isinstance(x, np.ndarray) else x.cpu().numpy())
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(title, fontsize=8)
+
+    def dots(ax, xy, rows, title, labels):
+        ax.scatter(xy[rows, 0], xy[rows, 1], c=color(code[rows] % color.N), s=4)
+        ax.set_title(title, fontsize=8)
+        ax.set(xlabel=labels[0], ylabel=labels[1])
+
+    def scatter(axes):
+        for line, o, n in zip(axes, of, names):
+            pair = val["motion"] if val["motion"].shape[1] > 1 else val["flow"]
+            dots(line[0], val["flow"], o, n, ("mean flow x", "mean flow y"))
+            dots(line[1], pair, o, "actions", ("motion 0", "motion 1"))
+            where = val["state"] if val["state"].shape[1] > 1 else val["flow"]
+            dots(line[2], where, o, "state space", ("state 0", "state 1"))
+
+    def compass(axes):
+        for ax, arrow, n in zip(axes[0], arrows, names):
+            ax.quiver(*np.zeros((2, K)), arrow[:, 0], -arrow[:, 1], color=colors, angles="xy", scale_units="xy", scale=1)
+            reach = np.nanmax(np.abs(arrows)) * 1.1
+            ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+            ax.set_title(n, fontsize=8)
+
+    def usage(axes):
+        shares = [np.stack([np.bincount(c, minlength=K) for c in val["codes"][o].T]).ravel() / max(1, len(o)) for o in of]
+        axes[0, 0].imshow(np.array(shares), aspect="auto")
+        axes[0, 0].set(yticks=range(len(names)), yticklabels=names, xlabel=f"code, {S} positions of {K}")
+        top, n = np.unique(val["codes"], axis=0, return_counts=True)
+        best = n.argsort()[::-1][:30]
+        axes[1, 0].bar([" ".join(map(str, top[i])) for i in best], n[best] / len(code))
+        axes[1, 0].tick_params(axis="x", rotation=90, labelsize=7)
+        axes[1, 0].set_ylabel(f"share, of {len(n)} sequences")
+        axes[2, 0].bar(range(K), np.sort(np.bincount(code, minlength=K))[::-1] / len(code))
+        axes[2, 0].set(xlabel=f"codes of position {position} by frequency", ylabel="share")
+
+    def gallery(axes):
+        for line, k in zip(axes, inspected):
+            rows = rng.permutation(np.flatnonzero(code == k))[:4]
+            for i, ax in enumerate(line):
+                if i // 2 < len(rows):
+                    image(ax, frames[rows[i // 2], i % 2], f"code {k}, {'t+k' if i % 2 else 't'}")
+                else:
+                    ax.axis("off")
+
+    def grid(axes):
+        for line, k in zip(axes, inspected):
+            a, b = rng.choice(np.flatnonzero(code == k)), rng.integers(len(code))
+            both = transfers(model, frames[[a, a]], frames[[a, b]], val["flow"][[a, a]])[0]
+            shown = optical_flow(torch.stack([frames[b, 0], both[1]])[None].cpu().numpy())[0]
+            for ax, x, title in zip(line, (*frames[a], both[0], frames[b, 0], both[1]),
+                                    ("frame t", "true t+k", "predicted", "another frame", "transferred")):
+                image(ax, x, title)
+            axis = np.arange(0, FLOW_GRID, 2)
+            line[5].quiver(axis, axis, shown[0, ::2, ::2], shown[1, ::2, ::2], angles="xy", scale_units="xy", scale=0.5)
+            line[5].set(xticks=[], yticks=[], ylim=(FLOW_GRID, -1), aspect="equal")
+            line[5].set_title(f"its flow; code {k}", fontsize=8)
+
+    def books(axes):
+        for s, (ax, book) in enumerate(zip(axes[0], model.quantizer.codebook().detach().cpu())):
+            u, v, _ = torch.pca_lowrank(book, min(2, *book.shape))
+            xy = (u * v).numpy()
+            area = 4 + 200 * np.bincount(val["codes"][:, s], minlength=K) / len(code)
+            ax.scatter(xy[:, 0], xy[:, -1], c=colors, s=area)
+            ax.set_title(f"position {s}", fontsize=8)
+    D = len(names)
+    figure("motion", f"Codes of position {position} (colors) over mean flow in grid cells, actions and state", D, 3, scatter)
+    figure("compass", "Mean flow of each code, centred for each dataset", 1, D, compass, 4)
+    figure("usage", "Codes used by each dataset, commonest sequences, histogram", 3, 1, usage, 6)
+    figure("gallery", "Held-out pairs of the inspected codes", len(inspected), 8, gallery, 1.3)
+    figure("transfer", "Codes applied to their own frame and to another", len(inspected), 6, grid, 1.6)
+    figure("codebook", "Codebooks, first two principal components; area is usage", 1, S, books)
+    metrics = {"checkpoint": cfg.analyze, "step": state["step"], "tokens": consistency, **metrics}
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1, default=float) + "\n")
+    rows = [(n, k, f"{v:.3f}") for n, m in metrics.items() if isinstance(m, dict) for k, v in m.items()]
+    table = "".join(f"<tr><td>{html.escape(n)}<td>{html.escape(k)}<td>{v}" for n, k, v in rows)
+    pictures = "".join(f'<h2>{html.escape(title)}</h2><img src="data:image/png;base64,'
+                       f'{base64.b64encode((folder / f"{name}.png").read_bytes()).decode()}">' for name, title in made.items())
+    (folder / "report.html").write_text(
+        f"<!doctype html><meta charset=utf-8><title>latent actions</title><style>body{{font:14px sans-serif;margin:2em}}"
+        f"td{{padding:0 1em}}img{{max-width:100%}}</style><h1>{html.escape(cfg.analyze)}, step {state['step']}</h1>"
+        f"{pictures}<h2>Metrics on held-out episodes</h2><table>{table}</table>")
+    for row in rows:
+        print(*row)
+    print(f"report: {folder}/report.html")
+
+
 # ---------------------------------------------------------------------------------------------- hand-over
 class Labeller(nn.Module):
     """What is exported: frames uint8 (B, 2, H, W, 3) -> codes int64 (B, S), vectors float32 (B, S, D)."""
@@ -509,8 +1067,8 @@ def export(model: LAQ, cfg: Config, step: int, loader):
     manifest = {"schema": "laq.v1", "tokens": cfg.tokens, "codes": cfg.codes, "code_dim": cfg.code_dim,
                 "image_size": cfg.image_size, "horizon": loader.horizon, "mix": cfg.mix, "step": step,
                 "config": asdict(cfg), "torch": torch.__version__}
-    tensors = base64.b64encode(safetensors_bytes({"codebook": labeller.model.codebook.detach().clone(),
-                                                  "probe_frames": probe, "probe_codes": codes})).decode()
+    codebook = labeller.model.quantizer.codebook().detach().clone(memory_format=torch.contiguous_format)
+    tensors = base64.b64encode(safetensors_bytes({"codebook": codebook, "probe_frames": probe, "probe_codes": codes})).decode()
     program.example_inputs = None                                               # would be stored as a pickle
     partial = Path(cfg.out) / ".partial.laq.pt2"
     warnings.filterwarnings("ignore", "No complete tensor found")               # of views; both are saved whole
@@ -519,80 +1077,151 @@ def export(model: LAQ, cfg: Config, step: int, loader):
 
 
 # ---------------------------------------------------------------------------------------------- main
+def check(cfg: Config):
+    """Fills in the sizes of --size; exits when settings do not go together."""
+    choices = {"size": SIZES, "arch": ("vit", "cnn"), "quantizer": ("vq", "nsvq", "fsq"), "flow_teacher": ("dis", "raft")}
+    for name, known in choices.items():
+        if getattr(cfg, name) not in known:
+            fail(f"--{name.replace('_', '-')} '{getattr(cfg, name)}' is none of {', '.join(known)}")
+    for name, value in SIZES[cfg.size].items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+    if cfg.arch == "vit" and (cfg.image_size % cfg.patch or cfg.width % 32 or cfg.width > 256 and cfg.width % 64):
+        fail(f"--image-size {cfg.image_size} must be a multiple of --patch {cfg.patch}, --width {cfg.width} of 32 (64 above 256)")
+    if cfg.arch == "cnn" and (cfg.image_size % 16 or cfg.channels % 8):
+        fail(f"--image-size {cfg.image_size} must be a multiple of 16 and --channels {cfg.channels} of 8")
+    if cfg.quantizer == "fsq" and math.prod(cfg.levels) != cfg.codes:
+        fail(f"--levels {' '.join(map(str, cfg.levels))} make {math.prod(cfg.levels)} codes, --codes is {cfg.codes}")
+    if cfg.quantizer == "fsq" and min(cfg.levels) < 2:
+        fail(f"--levels {' '.join(map(str, cfg.levels))}: each must be at least 2")
+
+
+def matmul_rate(device, dtype: str) -> float:
+    """FLOP/s of this machine's matrix products, best of five."""
+    n, best = (8192 if device.type == "cuda" else 1536), 0.0
+    x = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+    for _ in range(5):
+        began = time.perf_counter()
+        (x @ x)[0, 0].item()
+        best = max(best, 2 * n ** 3 / (time.perf_counter() - began))
+    return best
+
+
+def labelled(cfg: Config, batch: dict) -> np.ndarray:
+    """Which samples of a batch may show their actions to the latents: a fixed choice of whole episodes. bool (B,)"""
+    draw = (batch["dataset"] * 1_000_003 + batch["episode"] * 7919 + cfg.seed) * 2654435761 % (1 << 32) / (1 << 32)
+    return batch["has_action"] & (draw < cfg.action_fraction)
+
+
 def main(cfg: Config):
     rank, world, device = setup(cfg)
-    if cfg.image_size % 16 or cfg.width % 8:
-        fail(f"--image-size {cfg.image_size} must be a multiple of 16 and --width {cfg.width} of 8")
     local, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
     options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize",
-                                            "max_bad")}
-    common = dict(**options, image_size=cfg.image_size, horizon_s=cfg.horizon_s, min_motion=cfg.min_motion,
-                  need_instruction=False)
-    loader = data_oxe.Loader(split="train", batch_size=local, seed=cfg.seed, shuffle_mb=cfg.shuffle_mb, rank=rank,
-                             world=world, **common)
-    val_loader = data_oxe.Loader(split="val", batch_size=64, seed=1, shuffle_mb=8, **common)
-    probe_loader = data_oxe.Loader(split="train", batch_size=64, seed=2, shuffle_mb=8, **common)
-    model = LAQ(cfg).to(device, memory_format=torch.channels_last)             # a third faster than NCHW on a CPU
+                                            "max_bad", "image_size", "horizon_s", "min_motion")}
+    make = lambda split, size, seed, mb, **more: data_oxe.Loader(split=split, batch_size=size, seed=seed, shuffle_mb=mb,
+                                                                  need_instruction=False, **options, **more)
+    loader = make("train", local, cfg.seed, cfg.shuffle_mb, rank=rank, world=world)
+    val_loader, probe_loader = make("val", 64, 1, 8), make("train", 64, 2, 8)
+    features, feature_dim = load_features(cfg.features, device) if cfg.features else (None, 0)
+    raft = load_raft(device) if cfg.flow_teacher == "raft" else None
+    sizes = dict(feature_dim=feature_dim, action_dim=max(1, loader.action_dim), datasets=len(loader.names))
+    layout = torch.channels_last if cfg.arch == "cnn" else torch.contiguous_format      # a third faster on a CPU
+    control, model = (LAQ(cfg, **sizes).to(device, memory_format=layout) for _ in range(2))
     optimizer = make_optimizer(cfg, model, device)
     start = load_checkpoint(cfg, model, optimizer, loader) if cfg.resume else 0
     if cfg.export_only:
         return export(model, cfg, start, val_loader) if rank == 0 else None
-    if start == 0:                                                              # codes start on encoder outputs
-        step_seed(cfg, 0, 0, 1)
-        first = data_oxe.to_device(next(probe_loader.first(1)), device, cfg.image_size)["frames"]
-        with torch.no_grad():
-            model.reseed(model.features(first), everything=True)
+    first = next(probe_loader.first(1))
+    step_seed(cfg, 0, 0, 1)
+    with torch.no_grad():                                                       # codes start on encoder outputs
+        frames = data_oxe.to_device(first, device, cfg.image_size)["frames"]
+        for m in (control, model) if start == 0 else (control,):
+            m.quantizer.reseed(m.features(frames), everything=True)
+    if start == 0 and cfg.action_fraction:
+        seen = [b for b in probe_loader.first(cfg.eval_batches)]
+        for i in range(len(loader.names)):
+            x = np.concatenate([b["action_sum"][b["dataset"] == i] for b in seen])
+            if len(x) > 1:
+                model.action_scale[i] = torch.from_numpy(np.stack([x.mean(0), (x.std(0) > 1e-6) / x.std(0).clip(1e-6)]))
     train = DDP(model, broadcast_buffers=False) if world > 1 else model
     train = torch.compile(train) if cfg.compile else train
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    log, stop, batches, clock = Logger(cfg, rank, start), StopFlag(), loader.to(device), time.time()
+    workers = ThreadPoolExecutor(min(8, os.cpu_count()))
+
+    def targets(batch):                                                         # made beside the training step
+        return {} if raft or not cfg.flow_weight else {"flow": optical_flow(batch["frames"], workers)}
+
+    def losses(batch, piece, step):
+        """Loss of a piece of a batch as augment left it."""
+        frames, flow = batch["frames"][piece], batch["flow"][piece]
+        weight = cfg.flow_weight * min(1.0, (step + 1) / max(1, cfg.flow_warmup))
+        more = {}
+        if features:
+            more["features"] = features(frames[:, 1])
+        if cfg.action_fraction:
+            more["actions"] = batch["action_sum"][piece], batch["dataset"][piece], batch["labelled"][piece]
+        with amp:
+            return train(frames, flow, weight, **more)
+
+    log, stop, batches = Logger(cfg, rank, start), StopFlag(), loader.to(device, targets)
     log.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, episodes {loader.counts}")
+    peak, flops, waited, busy = matmul_rate(device, cfg.dtype), None, 0.0, 0.0
 
     for step in range(start, cfg.steps + 1):                                    # one more round, to evaluate and save
         stopping, last = stop(device), step == cfg.steps
         if not stopping and (last or step % cfg.eval_every == 0):
-            metrics = evaluate(model, cfg, val_loader, probe_loader, device)
+            metrics = evaluate(model, control, cfg, val_loader, probe_loader, device)
             log.print(f"step {step}: {describe(metrics, cfg)}")
             log.log(step, {}, **{f"val_{k}": v for k, v in metrics.items()})
         if stopping or last or (step > start and step % cfg.save_every == 0):
             save_checkpoint(cfg, step, model, optimizer, loader)
         if stopping or last:
             break
+        began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = lr_at(cfg, step)
         step_seed(cfg, step, rank, world)
         batch = next(batches)
-        frames = random_shift(batch["frames"], cfg.shift)
-        flow = (optical_flow(frames.cpu().numpy()) if cfg.flow_weight else torch.zeros(local, 2, 1, 1)).to(device)
+        waited += time.perf_counter() - began
+        if raft:
+            batch["flow"] = raft(batch["frames"])
+        if cfg.action_fraction:
+            mine = {k: batch[k].cpu().numpy() for k in ("dataset", "episode", "has_action")}
+            batch["labelled"] = torch.from_numpy(labelled(cfg, mine)).to(device)
+        flow = batch.get("flow", torch.zeros(local, 2, FLOW_GRID, FLOW_GRID, device=device))
+        batch["frames"], batch["flow"] = augment(batch["frames"], flow, cfg)
         pieces = [slice(i, i + micro) for i in range(0, local, micro)]
-        total, codes, z = 0.0, [], []
+        total, z, codes = 0.0, [], []
         for piece in pieces:
             if world > 1:
                 train.require_backward_grad_sync = piece is pieces[-1]
-            with amp:
-                loss, parts, *outputs = train(frames[piece], flow[piece])
-            (loss / len(pieces)).backward()
+            counter = FlopCounterMode(display=False) if flops is None and not cfg.compile else contextlib.nullcontext()
+            with counter:
+                loss, parts, *outputs = losses(batch, piece, step)
+                (loss / len(pieces)).backward()
+            flops = flops or (counter.get_total_flops() * len(pieces) if not cfg.compile else math.nan)
             total += loss.detach() / len(pieces)
-            codes, z = [*codes, outputs[0]], [*z, outputs[1]]
-        model.track_usage(torch.cat(codes))
+            z, codes = [*z, outputs[0]], [*codes, outputs[1]]
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         if not torch.isfinite(norm):
             fail(f"gradient norm {norm.item()} at step {step}, episodes {batch['episode'].tolist()}; "
                  f"the last good checkpoint is '{cfg.out}/last.pt'")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % cfg.reseed_every == 0 and step < 0.8 * cfg.steps:
-            model.reseed(torch.cat(z))
+        model.quantizer.observe(torch.cat(z), torch.cat(codes))
+        if cfg.reseed_every and step % cfg.reseed_every == 0:
+            model.quantizer.reseed(torch.cat(z))
+        busy += time.perf_counter() - began
         if log.on:
             log.bar.update()
         if step % cfg.log_every == 0:
             if world > 1:
                 dist.all_reduce(total)
                 total /= world
-            rate = cfg.batch_size * cfg.log_every / (time.time() - clock)
-            clock = time.time()
-            log.log(step, {"loss": total, **parts}, loss=total, grad_norm=norm, lr=lr_at(cfg, step), samples_per_s=rate,
-                    **parts)
+            n = 1 if step == start else min(cfg.log_every, step - start)
+            log.log(step, {"loss": total, **parts}, loss=total, grad_norm=norm, lr=lr_at(cfg, step), mfu=flops * n / busy / peak,
+                    samples_per_s=cfg.batch_size * n / busy, data_wait=waited / busy, **parts)
+            waited = busy = 0.0
     if rank == 0 and not stop.signal:
         export(model, cfg, cfg.steps, val_loader)
         picture(model.eval(), cfg, val_loader, device)
@@ -607,4 +1236,11 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    cfg = tyro.cli(Config, description=__doc__)
+    if cfg.analyze:                                         # its own settings, but those given on the command line
+        if not Path(cfg.analyze).is_file():
+            fail(f"no checkpoint at --analyze '{cfg.analyze}'")
+        stored = torch.load(cfg.analyze, map_location="cpu", weights_only=True)["config"]
+        cfg = tyro.cli(Config, default=Config(**{f.name: stored[f.name] for f in fields(Config) if f.name in stored}))
+    check(cfg)
+    (analyze if cfg.analyze else main)(cfg)

@@ -281,15 +281,6 @@ def random_shift(frames: torch.Tensor, pixels: int) -> torch.Tensor:
     return flat.transpose(1, 2).transpose(2, 3)[b, rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2, 4).reshape(frames.shape)
 
 
-def resize(frames: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 (..., H, W, 3) -> uint8 (..., size, size, 3), antialiased."""
-    if frames.shape[-2] == size:
-        return frames
-    x = frames.reshape(-1, *frames.shape[-3:]).permute(0, 3, 1, 2).float()
-    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True).round().byte()
-    return x.permute(0, 2, 3, 1).reshape(*frames.shape[:-3], size, size, 3)
-
-
 # ---------------------------------------------------------------------------------------------- shared by the stages
 def fail(message: str):
     """A user's error: one line, exit code 1, no traceback."""
@@ -338,7 +329,7 @@ def make_optimizer(cfg, model: nn.Module, device: torch.device) -> torch.optim.A
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
               {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
 def save_checkpoint(cfg, step: int, model: nn.Module, optimizer, loader):
@@ -512,8 +503,8 @@ def evaluate(model: LatentPolicy, cfg: Config, loader, labeller, tokens, laq_siz
     for i, batch in enumerate(loader.first(cfg.eval_batches)):
         torch.manual_seed(i)
         frames = data_oxe.to_device(batch, device, loader.image_size)["frames"]
-        codes, _ = labeller(resize(frames, laq_size))
-        images, (ids, mask) = resize(frames[:, 0], model.trunk.image_size), tokens(batch["instruction"], device)
+        codes, _ = labeller(data_oxe.fit(frames, laq_size))
+        images, (ids, mask) = data_oxe.fit(frames[:, 0], model.trunk.image_size), tokens(batch["instruction"], device)
         losses.append(model(images, ids, mask, codes).item())
         predicted.append(model.predict(images, ids, mask).cpu().numpy())
         truth.append(codes.cpu().numpy())
@@ -576,8 +567,8 @@ def main(cfg: Config):
         batch = next(batches)
         frames = batch["frames"]
         with torch.no_grad():
-            codes, _ = labeller(resize(frames, laq_size))
-        images = random_shift(resize(frames[:, 0], trunk.image_size), cfg.shift)
+            codes, _ = labeller(data_oxe.fit(frames, laq_size))
+        images = random_shift(data_oxe.fit(frames[:, 0], trunk.image_size), cfg.shift)
         ids, mask = tokens(batch["instruction"], device)
         pieces = [slice(i, i + micro) for i in range(0, local, micro)]
         total = 0.0
