@@ -83,7 +83,8 @@ class Config:
     max_bad: float = 0.001
     """Share of bad episodes (unreadable, too short, not finite ...) to skip with a warning before stopping."""
     size: str = "tiny"
-    """Preset of the six sizes below: tiny (64 px, for a CPU), base (224 px) or lapa (256 px, as large as LAPA's)."""
+    """Preset of the six sizes below: tiny (64 px, for a CPU), base (224 px) or lapa (256 px, as large as LAPA). The larger two
+    want --lr 1e-4 --warmup-steps 1000."""
     arch: str = "vit"
     """Encoder and decoder: 'vit' or 'cnn'."""
     image_size: int | None = None
@@ -128,8 +129,6 @@ class Config:
     """Frozen vision model whose features of frame t+k are predicted too, such as facebook/dinov2-small."""
     action_fraction: float = 0.0
     """Share of the episodes with actions whose actions also supervise the latents (LAOM needed 0.025)."""
-    still: float = 0.05
-    """Share of training pairs replaced by frame t twice, so that "no motion" has codes of its own."""
     shift: int = 4
     """Random shift of training images in pixels, the same for both frames."""
     crop: float = 0.0
@@ -142,7 +141,7 @@ class Config:
     """Samples a step over all processes."""
     micro_batch: int = 0
     """Samples a forward pass on one process, for gradient accumulation; 0: all at once."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate."""
     min_lr: float = 1e-4
     """Learning rate at the end of the cosine."""
@@ -530,18 +529,15 @@ def load_features(name: str, device):
 
 
 def augment(frames: torch.Tensor, flow: torch.Tensor, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same random zoom, shift and colours on both frames of a pair, and on its flow; some pairs become still."""
+    """The same random zoom, shift and colours on both frames of a pair, and on its flow."""
     B, H, device = len(frames), frames.shape[2], frames.device
-    u = torch.rand(B, 9, device=device)
-    still = u[:, 0] < cfg.still
-    frames = torch.stack([frames[:, 0], torch.where(still[:, None, None, None], frames[:, 0], frames[:, 1])], 1)
-    flow = flow * ~still[:, None, None, None]
+    u = torch.rand(B, 7, device=device)
     if cfg.shift or cfg.crop:
-        zoom = 1 - cfg.crop * u[:, 1]                                           # share of the side that is kept
+        zoom = 1 - cfg.crop * u[:, 0]                                           # share of the side that is kept
         reach = (1 - zoom[:, None]) + 2 * cfg.shift / H
         theta = torch.zeros(B, 2, 3, device=device)
         theta[:, 0, 0] = theta[:, 1, 1] = zoom
-        theta[:, :, 2] = reach * (2 * u[:, 2:4] - 1)
+        theta[:, :, 2] = reach * (2 * u[:, 1:3] - 1)
         if not cfg.crop:                                                        # whole pixels stay sharp
             theta[:, :, 2] = (theta[:, :, 2] * H / 2).round() * 2 / H
 
@@ -552,7 +548,7 @@ def augment(frames: torch.Tensor, flow: torch.Tensor, cfg: Config) -> tuple[torc
         frames = sample(x).round().to(torch.uint8).unflatten(1, (2, 3)).permute(0, 1, 3, 4, 2)
         flow = sample(flow) / zoom[:, None, None, None]
     if cfg.color:
-        gain, bias = 1 + cfg.color * (2 * u[:, 4:5] - 1), 128 * cfg.color * (2 * u[:, 5:8] - 1)
+        gain, bias = 1 + cfg.color * (2 * u[:, 3:4] - 1), 128 * cfg.color * (2 * u[:, 4:7] - 1)
         x = (frames.float() - 128) * gain[:, :, None, None, None] + 128 + bias[:, None, None, None]
         frames = x.round().clamp(0, 255).to(torch.uint8)
     return frames, flow
@@ -786,10 +782,12 @@ def metrics_of(fit: dict, val: dict, cfg: Config) -> dict:
     psnr = -10 * np.log10(val["mse"].mean(0))
     h = entropy(val["codes"], cfg.codes)
     still, n = np.unique(val["still"], axis=0, return_counts=True)
+    own, size = (val["codes"] == still[n.argmax()]).all(1), np.abs(val["difference"]).mean(1)
     m = {"psnr": psnr[0], "psnr_shuffled": psnr[1], "psnr_reversed": psnr[2], "psnr_copy": psnr[3],
          "ssim": val["ssim"][:, 0].mean(), "ssim_copy": val["ssim"][:, 1].mean(),
          "codes_used": np.mean([len(set(c)) for c in val["codes"].T]) / cfg.codes, "perplexity": np.exp(h).mean(), **{f"entropy_{i}": v for i, v in enumerate(h)},
-         "still_same": n.max() / n.sum(), "still_elsewhere": (val["codes"] == still[n.argmax()]).all(1).mean()}
+         "still_same": n.max() / n.sum(), "still_elsewhere": own.mean(),
+         "still_elsewhere_motion": size[own].mean() / size.mean() if own.any() else 0.0}
     moving = fit["motion"].std(0) > 1e-6
     if moving.any() and val["motion"][:, moving].std(0).min() > 1e-6:
         y, y_val = fit["motion"][:, moving], val["motion"][:, moving]
@@ -898,7 +896,8 @@ def analyze(cfg: Config):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rank, world, device = setup(cfg)
+    check(cfg)
+    device = setup(cfg)[2]
     state = torch.load(cfg.analyze, map_location="cpu", weights_only=True)
     loader = lambda split: data_oxe.Loader(
         split=split, batch_size=64, seed=1000 * cfg.seed + state["step"], shuffle_mb=64, need_instruction=False,
@@ -947,8 +946,8 @@ def analyze(cfg: Config):
     folder, made = Path(cfg.out) / "analysis", {}
     folder.mkdir(parents=True, exist_ok=True)
 
-    def figure(name: str, title: str, rows: int, columns: int, draw, size: float = 2.6):
-        fig, axes = plt.subplots(rows, columns, figsize=(size * columns, size * rows), squeeze=False)
+    def figure(name: str, title: str, rows: int, columns: int, draw, w: float = 2.6, h: float = 0):
+        fig, axes = plt.subplots(rows, columns, figsize=(w * columns, (h or w) * rows), squeeze=False)
         draw(axes)
         fig.tight_layout()
         fig.savefig(folder / f"{name}.png", dpi=80)
@@ -1024,7 +1023,7 @@ def analyze(cfg: Config):
     D = len(names)
     figure("motion", f"Codes of position {position} (colors) over mean flow in grid cells, actions and state", D, 3, scatter)
     figure("compass", "Mean flow of each code, centred for each dataset", 1, D, compass, 4)
-    figure("usage", "Codes used by each dataset, commonest sequences, histogram", 3, 1, usage, 6)
+    figure("usage", "Codes used by each dataset, commonest sequences, histogram", 3, 1, usage, 6, 2.5)
     figure("gallery", "Held-out pairs of the inspected codes", len(inspected), 8, gallery, 1.3)
     figure("transfer", "Codes applied to their own frame and to another", len(inspected), 6, grid, 1.6)
     figure("codebook", "Codebooks, first two principal components; area is usage", 1, S, books)
@@ -1114,6 +1113,7 @@ def labelled(cfg: Config, batch: dict) -> np.ndarray:
 
 
 def main(cfg: Config):
+    check(cfg)
     rank, world, device = setup(cfg)
     local, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
     options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize",
@@ -1242,5 +1242,4 @@ if __name__ == "__main__":
             fail(f"no checkpoint at --analyze '{cfg.analyze}'")
         stored = torch.load(cfg.analyze, map_location="cpu", weights_only=True)["config"]
         cfg = tyro.cli(Config, default=Config(**{f.name: stored[f.name] for f in fields(Config) if f.name in stored}))
-    check(cfg)
     (analyze if cfg.analyze else main)(cfg)

@@ -180,10 +180,16 @@ def test_a_batch_can_be_overfitted(data, stages):
     batch = next(iter(data_oxe.Loader(str(data), "metaworld_corner4", "train", 8, 64, chunk=8)))
     frames = torch.from_numpy(batch["frames"])
     torch.manual_seed(0)
-    model, flow = laq.LAQ(laq.Config(width=16)), laq.optical_flow(batch["frames"])
-    before = model(frames, flow)[1]["pixel"]
-    overfit(model, lambda: model(frames, flow)[0], 100)
-    assert model(frames, flow)[1]["pixel"] < 0.7 * before
+    for quantizer in ({}, {"quantizer": "nsvq"}, {"quantizer": "fsq", "arch": "cnn"}, {"ema": 0.9, "shared_codebook": True}):
+        model, flow = laq_model(**quantizer), torch.from_numpy(laq.optical_flow(batch["frames"]))
+        model.quantizer.reseed(model.features(frames), everything=True)
+        before = model(frames, flow, 1.0)[1]["pixel"]
+        overfit(model, lambda: model(frames, flow, 1.0)[0], 80)
+        model.quantizer.observe(*model(frames, flow, 1.0)[2:])
+        codes, vectors = model.encode(frames)
+        assert model(frames, flow, 1.0)[1]["pixel"] < 0.85 * before, quantizer
+        assert torch.allclose(vectors, model.quantizer.codebook()[torch.arange(4), codes], atol=1e-6)
+        assert len(codes.unique(dim=0)) > 4, "different pairs share their codes"
     trunk, tokenizer = vla.load_trunk("tiny", 16)
     tokens = vla.Tokens(tokenizer, 16)(batch["instruction"], "cpu")
     labeller, _, codebook = vla.load_labeller(str(stages / "laq/laq.pt2"), torch.device("cpu"))
@@ -201,6 +207,13 @@ def test_a_batch_can_be_overfitted(data, stages):
     assert error < 0.3 * actions[mask].abs().mean()
 
 
+def laq_model(**settings):
+    cfg = laq.Config(**settings)
+    laq.check(cfg)
+    torch.manual_seed(0)
+    return laq.LAQ(cfg)
+
+
 def overfit(model, loss_of, steps):
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     for _ in range(steps):
@@ -209,12 +222,90 @@ def overfit(model, loss_of, steps):
         optimizer.step()
 
 
+# ------------------------------------------------------------------------------------------------ latent actions
+@pytest.mark.parametrize("arch", ["vit", "cnn"])
+def test_still_pairs_have_one_code_of_their_own(arch, data):
+    frames = torch.from_numpy(next(iter(data_oxe.Loader(str(data), "metaworld_corner4", "train", 32, 64)))["frames"])
+    model = laq_model(arch=arch)
+    model.quantizer.reseed(model.features(frames), everything=True)
+    still = model.encode(frames[:, :1].expand(-1, 2, -1, -1, -1))[0]
+    assert len(still.unique(dim=0)) == 1 and len(model.encode(frames)[0].unique(dim=0)) > 8
+
+
+def test_dead_codes_are_reseeded_and_used_ones_stay():
+    quantizer, z = laq_model().quantizer, torch.randn(64, 4, 32)
+    before = quantizer.books.detach().clone()
+    codes = torch.randint(0, 15, (64, 4))                                               # code 15 is never used
+    for _ in range(100):
+        quantizer.observe(z, codes)
+    assert quantizer.reseed(z) == 4
+    assert torch.equal(quantizer.books[:, :15], before[:, :15])
+    assert all((quantizer.books[s, 15] == z[:, s]).all(1).any() for s in range(4))
+
+
+def test_augmentation_is_the_same_for_both_frames_and_their_flow():
+    y, x = np.mgrid[:64, :64].astype(np.float32)
+    scene = lambda dx: np.stack([128 + 60 * np.sin((x - dx) / 5 + i) * np.cos(y / 7) for i in range(3)], -1).astype(np.uint8)
+    frames = np.stack([scene(0), scene(2)])[None].repeat(6, 0)
+    flow = torch.from_numpy(laq.optical_flow(frames))
+    assert flow[:, 0].median() == pytest.approx(0.5, abs=0.1) and flow[:, 1].abs().median() < 0.1     # 2 px are half a cell
+    torch.manual_seed(0)
+    cfg = laq.Config(shift=4, crop=0.4, color=0.2)
+    frames, moved = laq.augment(torch.from_numpy(frames), flow, cfg)
+    seen = torch.from_numpy(laq.optical_flow(frames.numpy()))
+    assert frames.float().std(0).mean() > 5, "all samples alike"
+    for a, b in zip(moved[:, 0], seen[:, 0]):
+        assert a.median() == pytest.approx(b.median().item(), abs=0.12)
+    still = laq.augment(frames[:, :1].expand(-1, 2, -1, -1, -1), flow, cfg)[0]
+    assert torch.equal(still[:, 0], still[:, 1])
+
+
+def test_metrics_tell_good_latents_from_bad_ones():
+    rng = np.random.default_rng(0)
+    motion = rng.standard_normal((400, 3))
+    assert laq.r2(laq.ridge(motion[:200], motion[:200], motion[200:]), motion[200:]).min() > 0.99
+    assert laq.r2(laq.ridge(rng.standard_normal((200, 3)), motion[:200], motion[200:]), motion[200:]).max() < 0.1
+    assert laq.nmi(np.arange(400) % 4, np.arange(400) % 4) == pytest.approx(1)
+    assert laq.nmi(rng.integers(0, 4, 400), np.arange(400) % 4) < 0.1
+    x = torch.rand(2, 3, 32, 32)
+    assert laq.ssim(x, x) == pytest.approx(torch.ones(2)) and laq.ssim(x, torch.rand_like(x)).max() < 0.2
+
+
+def test_analysis(stages, tmp_path):
+    p = run("laq.py", "--analyze", stages / "laq/last.pt", "--out", tmp_path)
+    m = json.loads((tmp_path / "analysis/metrics.json").read_text())["metaworld_corner4"]
+    assert {"transfer_cosine_to_metaworld_corner4", "nmi_instruction", "probe_direction_cosine", "probe_r2_random_quantizer",
+            "token_entropy_given_action_octant", "psnr_reversed", "entropy_3"} <= set(m) and "report:" in p.stdout
+    report = (tmp_path / "analysis/report.html").read_text()
+    assert report.count("data:image/png") == 6 == len(list(tmp_path.glob("analysis/*.png"))) and "http" not in report
+
+
+def test_further_targets(data, tmp_path):
+    """Features of a frozen vision model and a few action labels, both with their part of the loss."""
+    from transformers import Dinov2Config, Dinov2Model
+    Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56)).save_pretrained(
+        tmp_path / "dino")
+    run("laq.py", "--data", data, "--out", tmp_path, "--steps", 3, *TINY, "--arch", "cnn", "--quantizer", "fsq", "--crop", 0.2,
+        "--color", 0.2, "--features", tmp_path / "dino", "--action-fraction", 0.5)
+    seen = metrics(tmp_path, "features", "action", "mfu", "data_wait")
+    assert all(len(x) == 3 for x in seen.values()) and 0.5 < seen["features"][0] < 1.5 and max(seen["action"].values()) > 0
+    batch = {"dataset": np.zeros(1000, int), "episode": np.arange(1000), "has_action": np.arange(1000) % 2 == 0}
+    assert 15 < laq.labelled(laq.Config(action_fraction=0.05), batch).sum() < 35
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(data, tmp_path):
+    p = run("laq.py", "--data", data, "--out", tmp_path, "--steps", 20, *TINY, "--save-every", 1, "--lr", 1e30, "--grad-clip",
+            1e30, check=False)
+    assert p.returncode == 1 and "at step" in p.stderr and "episodes [" in p.stderr and "Traceback" not in p.stderr
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] > 0
+
+
 # ------------------------------------------------------------------------------------------------ hand-over
 def test_labeller_round_trip(data, stages, tmp_path):
     """The exported program gives the codes of the checkpoint; a changed file is refused."""
     program, manifest, codebook = vla.load_labeller(str(stages / "laq/laq.pt2"), torch.device("cpu"))
     frames = torch.from_numpy(next(iter(data_oxe.Loader(str(data), "metaworld_corner4", "val", 5, 64)))["frames"])
-    model = laq.LAQ(laq.Config())
+    model = laq_model()
     model.load_state_dict(torch.load(stages / "laq/last.pt", weights_only=True)["model"])
     codes, vectors = program(frames)
     assert torch.equal(codes, model.encode(frames)[0]) and codes.dtype == torch.int64
@@ -290,6 +381,10 @@ def test_wandb_offline(data, tmp_path):
     ("laq.py", ["--data", "/nowhere"], "no dataset at '/nowhere/metaworld_corner4/1.0.0'"),
     ("laq.py", ["--mix", "bridge", "--data", "DATA"], "no step feature 'observation/natural_language_instruction'"),
     ("laq.py", ["--data", "DATA", "--image-size", "50"], "--image-size 50"),
+    ("laq.py", ["--data", "DATA", "--quantizer", "fsq", "--levels", "5", "3"], "make 15 codes, --codes is 16"),
+    ("laq.py", ["--data", "DATA", "--size", "huge"], "--size 'huge' is none of tiny, base, lapa"),
+    ("laq.py", ["--data", "DATA", "--features", "/nowhere"], "--features '/nowhere'"),
+    ("laq.py", ["--data", "DATA", "--flow-teacher", "raft"], "--flow-teacher raft needs torchvision"),
     ("laq.py", ["--data", "DATA", "--val-fraction", "0"], "no episodes left in split 'val'"),
     ("laq.py", ["--resume", "/nowhere.pt"], "/nowhere.pt"),
     ("vla.py", ["--laq-ckpt", "/nowhere.pt2"], "no labeller at --laq-ckpt '/nowhere.pt2'"),
