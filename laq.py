@@ -20,7 +20,6 @@ Ideas: LAPA (arXiv 2410.11758), Genie (2402.15391), LAOM (2502.00379: some actio
 Letters: B batch, S latent tokens, K codes, D code width, P patches, W width, H image height, A action width.
 """
 import base64
-import contextlib
 import copy
 import html
 import json
@@ -99,8 +98,8 @@ class Config:
     """ViT blocks of the decoder."""
     channels: int | None = None
     """Channels of the CNN's first level; its three others have 2, 4 and 8 times as many."""
-    quantizer: str = "vq"
-    """'vq' (straight-through), 'nsvq' (noise substitution) or 'fsq' (finite scalars)."""
+    quantizer: str = "nsvq"
+    """'nsvq' (noise substitution), 'vq' (straight-through) or 'fsq' (finite scalars)."""
     tokens: int = 4
     """S, latent tokens a pair."""
     codes: int = 16
@@ -309,25 +308,50 @@ class CNNDecoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- quantizers
-class VQ(nn.Module):
-    """Nearest code of a codebook for each token. `nsvq`: noise as long as the quantization error takes its place in
-    training, so that no gradient is copied past the rounding (Vali and Backstrom 2022).
+class Quantizer(nn.Module):
+    """What VQ and FSQ have in common. Nothing changes inside forward: the loop calls observe and reseed.
 
-    forward(z (B, S, D)) -> what the decoder gets (B, S, D), codes (B, S), loss. lookup(codes) -> vectors (B, S, D).
+    forward(z (B, S, D)) -> what the decoder gets (B, S, D), codes (B, S), loss. codes(z) -> nearest codes.
+    lookup(codes) -> vectors (B, S, D). codebook() -> (S, K, D).
     """
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.cfg, S, K, D = cfg, cfg.tokens, cfg.codes, cfg.code_dim
-        self.books = nn.Parameter(torch.randn(1 if cfg.shared_codebook else S, K, D), requires_grad=not cfg.ema)
-        self.register_buffer("usage", torch.full((S, K), 1.0 / K))              # running share of each code
-        self.register_buffer("sums", torch.zeros(S, K, D))                      # running sums of outputs, for ema
-
-    def codebook(self):
-        return self.books.expand(self.cfg.tokens, -1, -1)                       # (S, K, D)
+        self.cfg = cfg
+        self.register_buffer("usage", torch.full((cfg.tokens, cfg.codes), 1.0 / cfg.codes))     # running share of each code
 
     def lookup(self, codes):
         return self.codebook()[torch.arange(self.cfg.tokens, device=codes.device), codes]
+
+    @torch.no_grad()
+    def observe(self, z, codes):
+        """Follows the share of each code over all processes; returns this step's shares and mean outputs times share."""
+        hot = F.one_hot(codes, self.cfg.codes).float()                          # (B, S, K)
+        counts, sums = hot.sum(0), torch.einsum("bsk,bsd->skd", hot, z)
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        n = counts[0].sum()
+        self.usage.lerp_(counts / n, 0.05)
+        return counts / n, sums / n
+
+    def reseed(self, z, everything: bool = False) -> int:
+        return 0
+
+
+class VQ(Quantizer):
+    """Nearest code of a codebook for each token. `nsvq`: noise as long as the quantization error takes its place in
+    training, so that no gradient is copied past the rounding (Vali and Backstrom 2022)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__(cfg)
+        books, K, D = 1 if cfg.shared_codebook else cfg.tokens, cfg.codes, cfg.code_dim
+        self.books = nn.Parameter(torch.randn(books, K, D), requires_grad=not cfg.ema)
+        self.register_buffer("shares", torch.full((books, K), 1.0 / K))         # running, for ema: of each code,
+        self.register_buffer("sums", torch.zeros(books, K, D))                  # and of its encoder outputs times share
+
+    def codebook(self):
+        return self.books.expand(self.cfg.tokens, -1, -1)                       # (S, K, D)
 
     def codes(self, z):
         book = self.codebook()
@@ -345,56 +369,45 @@ class VQ(nn.Module):
 
     @torch.no_grad()
     def observe(self, z, codes):
-        """Running share of each code, over all processes; with `ema` also moves the codes."""
-        hot = F.one_hot(codes, self.cfg.codes).float()                          # (B, S, K)
-        counts, sums = hot.sum(0), torch.einsum("bsk,bsd->skd", hot, z)
-        if dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
-        n = counts[0].sum()
-        decay = self.cfg.ema or 0.95
-        self.usage.lerp_(counts / n, 1 - decay)
-        self.sums.lerp_(sums / n, 1 - decay)
+        """With `ema` also moves the codes towards the mean of their encoder outputs."""
+        shares, sums = super().observe(z, codes)
         if self.cfg.ema:
-            sums, usage = (x.sum(0, keepdim=True) if self.cfg.shared_codebook else x for x in (self.sums, self.usage))
-            self.books.copy_(torch.where(usage[..., None] > 1e-4, sums / usage[..., None].clamp(min=1e-4), self.books))
+            if self.cfg.shared_codebook:
+                shares, sums = shares.mean(0, keepdim=True), sums.mean(0, keepdim=True)
+            self.shares.lerp_(shares, 1 - self.cfg.ema)
+            self.sums.lerp_(sums, 1 - self.cfg.ema)
+            self.books.copy_(self.sums / self.shares.clamp(min=1e-6)[..., None])
 
     @torch.no_grad()
     def reseed(self, z, everything: bool = False) -> int:
         """Moves codes used less than a tenth of their share onto encoder outputs z (B, S, D), rank 0's on every rank."""
-        S, K = self.usage.shape
-        usage = self.usage.mean(0, keepdim=True) if self.cfg.shared_codebook else self.usage
-        dead = (usage < 0.1 / K) | everything                                   # (books, K)
+        S, K, shared = self.cfg.tokens, self.cfg.codes, self.cfg.shared_codebook
+        dead = ((self.usage.mean(0, keepdim=True) if shared else self.usage) < 0.1 / K) | everything    # (books, K)
         order = torch.randperm(len(z)).tolist()                                 # no output twice for one token
         for s, k in dead.nonzero().tolist():
-            token = k % S if self.cfg.shared_codebook else s
-            self.books[s, k] = z[order[k % len(z)], token]
-            rows = slice(None) if self.cfg.shared_codebook else s
-            self.usage[rows, k], self.sums[rows, k] = 1.0 / K, self.books[s, k] / K
+            self.books[s, k] = z[order[k % len(z)], k % S if shared else s]
+            self.usage[slice(None) if shared else s, k] = self.shares[s, k] = 1.0 / K
+            self.sums[s, k] = self.books[s, k] / K
         if dist.is_initialized():
-            dist.broadcast(self.books.data, 0)
+            for x in (self.books.data, self.sums):
+                dist.broadcast(x, 0)
         return int(dead.sum())
 
 
-class FSQ(nn.Module):
+class FSQ(Quantizer):
     """Each token is projected to a few dimensions that are bounded and rounded to fixed levels (arXiv 2309.15505); all
-    combinations of levels are the K codes. The same interface as VQ; there is nothing to re-seed."""
+    combinations of levels are the K codes. There is nothing to re-seed."""
 
     def __init__(self, cfg: Config):
-        super().__init__()
-        self.cfg = cfg
+        super().__init__(cfg)
         self.down = nn.Parameter(torch.randn(cfg.tokens, cfg.code_dim, len(cfg.levels)) / cfg.code_dim ** 0.5)
         self.up = nn.Parameter(torch.randn(cfg.tokens, len(cfg.levels), cfg.code_dim))
         grids = torch.meshgrid(*[torch.linspace(-1, 1, n) for n in cfg.levels], indexing="ij")
         self.register_buffer("levels", torch.tensor(cfg.levels) - 1.0)
         self.register_buffer("grid", torch.stack(grids, -1).flatten(0, -2))     # (K, levels)
-        self.register_buffer("usage", torch.full((cfg.tokens, cfg.codes), 1.0 / cfg.codes))
 
     def codebook(self):
         return torch.einsum("kl,sld->skd", self.grid, self.up)                  # (S, K, D)
-
-    def lookup(self, codes):
-        return torch.einsum("bsl,sld->bsd", self.grid[codes], self.up)
 
     def levels_of(self, z):
         """-> bounded (B, S, levels) in -1..1, and the index of the nearest level."""
@@ -412,8 +425,6 @@ class FSQ(nn.Module):
         y, index = self.levels_of(z)
         y = y + (index / self.levels * 2 - 1 - y).detach()
         return torch.einsum("bsl,sld->bsd", y, self.up), self.codes(z), z.new_zeros(())
-
-    observe, reseed = VQ.observe, lambda self, z, everything=False: 0
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -454,7 +465,8 @@ class LAQ(nn.Module):
         cfg = self.cfg
         a, b = self.to_float(frames).unbind(1)                                  # (B, 3, H, H) each
         z = self.features(frames)                                               # (B, S, D)
-        latent, codes, quantizer_loss = self.quantizer(z)
+        with torch.autocast(z.device.type, enabled=False):                      # nearest codes need all digits
+            latent, codes, quantizer_loss = self.quantizer(z)
         pred, pred_flow, hidden = self.decoder(a, latent)
         moved = F.avg_pool2d((b - a).abs().amax(1, keepdim=True), 5, 1, 2)      # (B, 1, H, H) in 0..1
         weight = 1 + cfg.motion_weight * (4 * moved).clamp(max=1)
@@ -772,6 +784,14 @@ def entropy(codes, K: int) -> np.ndarray:
     return -(share * np.log(share.clip(1e-12))).sum(1)
 
 
+def can_probe(fit: dict, val: dict) -> bool:
+    """Whether a dataset's samples are enough and its actions vary."""
+    if min(len(fit["motion"]), len(val["motion"])) < 8:
+        return False
+    moving = fit["motion"].std(0) > 1e-6
+    return bool(moving.any() and val["motion"][:, moving].std(0).min() > 1e-6)
+
+
 PROBES = {"": "vectors", "_random_quantizer": "control", "_pixel_difference": "difference", "_mean_flow": "mean_flow",
           "_pooled_difference": "pooled"}
 
@@ -785,11 +805,11 @@ def metrics_of(fit: dict, val: dict, cfg: Config) -> dict:
     own, size = (val["codes"] == still[n.argmax()]).all(1), np.abs(val["difference"]).mean(1)
     m = {"psnr": psnr[0], "psnr_shuffled": psnr[1], "psnr_reversed": psnr[2], "psnr_copy": psnr[3],
          "ssim": val["ssim"][:, 0].mean(), "ssim_copy": val["ssim"][:, 1].mean(),
-         "codes_used": np.mean([len(set(c)) for c in val["codes"].T]) / cfg.codes, "perplexity": np.exp(h).mean(), **{f"entropy_{i}": v for i, v in enumerate(h)},
-         "still_same": n.max() / n.sum(), "still_elsewhere": own.mean(),
+         "codes_used": np.mean([len(set(c)) for c in val["codes"].T]) / cfg.codes, "perplexity": np.exp(h).mean(),
+         **{f"entropy_{i}": v for i, v in enumerate(h)}, "still_same": n.max() / n.sum(), "still_elsewhere": own.mean(),
          "still_elsewhere_motion": size[own].mean() / size.mean() if own.any() else 0.0}
-    moving = fit["motion"].std(0) > 1e-6
-    if moving.any() and val["motion"][:, moving].std(0).min() > 1e-6:
+    if can_probe(fit, val):
+        moving = fit["motion"].std(0) > 1e-6
         y, y_val = fit["motion"][:, moving], val["motion"][:, moving]
         for name, key in PROBES.items():
             pred = ridge(fit[key], y, val[key])
@@ -805,7 +825,7 @@ def evaluate(model: LAQ, control: LAQ, cfg: Config, val_loader, probe_loader, de
     each = {}
     for i, name in enumerate(val_loader.names):
         rows = [{k: v[x["dataset"] == i] for k, v in x.items()} for x in (fit, val)]
-        if min(len(r["dataset"]) for r in rows) >= 8:
+        if len(rows[1]["dataset"]):
             each[name] = metrics_of(*rows, cfg)
     keys = dict.fromkeys(k for m in each.values() for k in m)
     mean = {k: np.mean([m[k] for m in each.values() if k in m]) for k in keys}
@@ -863,7 +883,7 @@ def more_metrics(fit: dict, val: dict, cfg: Config, rng) -> dict:
     text = np.unique(val["instruction"].astype(str), return_inverse=True)[1]
     mean_nmi = lambda labels: np.mean([nmi(labels, c) for c in val["codes"].T])
     m = {"nmi_instruction": mean_nmi(text), "nmi_instruction_shuffled": mean_nmi(rng.permutation(text))}
-    if "probe_r2" not in metrics_of(fit, val, cfg):
+    if not can_probe(fit, val):
         return m
     moving = fit["motion"].std(0) > 1e-6
     y, y_val = fit["motion"][:, moving], val["motion"][:, moving]
@@ -907,7 +927,7 @@ def analyze(cfg: Config):
     weights = {k: v for k, v in state["model"].items() if not k.startswith(("to_action", "to_features", "action_scale"))}
     torch.manual_seed(cfg.seed)
     model, control = LAQ(cfg).to(device), LAQ(cfg).to(device)
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict({**model.state_dict(), **weights})                    # all but the heads that only training needs
     first = data_oxe.to_device(next(fit_loader.first(1)), device, cfg.image_size)["frames"]
     with torch.no_grad():
         control.quantizer.reseed(control.features(first), everything=True)
@@ -919,16 +939,18 @@ def analyze(cfg: Config):
     pick = lambda x, rows: {k: v[rows] for k, v in x.items()}
     fits = [pick(fit, fit["dataset"] == i) for i in range(len(names))]
     metrics = {n: metrics_of(fits[i], pick(val, of[i]), cfg) | more_metrics(fits[i], pick(val, of[i]), cfg, rng)
-               for i, n in enumerate(names) if min(len(of[i]), len(fits[i]["dataset"])) >= 8}
-    for i, n in enumerate(names):                                               # codes of A on frames of every dataset
-        for j, other in enumerate(names):
+               for i, n in enumerate(names) if len(of[i])}
+    for i, n in [(i, n) for i, n in enumerate(names) if n in metrics]:          # codes of A on frames of every dataset
+        for j, other in [(j, other) for j, other in enumerate(names) if other in metrics]:
             rows = rng.choice(of[j], len(of[i]))
             cosines = transfers(model, frames[of[i]], frames[rows], val["flow"][of[i]])[1]
-            metrics.setdefault(n, {})[f"transfer_cosine_to_{other}"] = cosines.mean()
-        others = [f for k, f in enumerate(fits) if k != i and len(f["dataset"]) >= 8]
+            metrics[n][f"transfer_cosine_to_{other}"] = cosines.mean()
+        others = [f for k, f in enumerate(fits) if k != i and can_probe(f, f)]
         if others and "probe_r2" in metrics[n]:                                 # in units of each dataset's spread
             x, y = (np.concatenate([f(o) for o in others]) for f in (lambda o: o["vectors"], lambda o: spread(o["motion"])))
-            metrics[n]["probe_r2_left_out"] = r2(ridge(x, y, val["vectors"][of[i]]), spread(val["motion"][of[i]])).mean()
+            y_val = spread(val["motion"][of[i]])
+            moving = y_val.std(0) > 0.5                                         # 1, or 0 where this dataset has no such action
+            metrics[n]["probe_r2_left_out"] = r2(ridge(x, y, val["vectors"][of[i]]), y_val)[moving].mean()
     position = int(entropy(val["codes"], K).argmax())
     code = val["codes"][:, position]
     inspected = np.bincount(code, minlength=K).argsort()[::-1][:6]
@@ -1106,6 +1128,15 @@ def matmul_rate(device, dtype: str) -> float:
     return best
 
 
+def flops_per_sample(model: LAQ, cfg: Config, device) -> int:
+    """Of forward and backward, matrix products and convolutions only, as model FLOP utilisation counts them."""
+    frames = torch.zeros(2, 2, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8, device=device)
+    with FlopCounterMode(display=False) as counter:
+        model(frames, torch.zeros(2, 2, FLOW_GRID, FLOW_GRID, device=device), 1.0)[0].backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops() // 2
+
+
 def labelled(cfg: Config, batch: dict) -> np.ndarray:
     """Which samples of a batch may show their actions to the latents: a fixed choice of whole episodes. bool (B,)"""
     draw = (batch["dataset"] * 1_000_003 + batch["episode"] * 7919 + cfg.seed) * 2654435761 % (1 << 32) / (1 << 32)
@@ -1143,18 +1174,20 @@ def main(cfg: Config):
             x = np.concatenate([b["action_sum"][b["dataset"] == i] for b in seen])
             if len(x) > 1:
                 model.action_scale[i] = torch.from_numpy(np.stack([x.mean(0), (x.std(0) > 1e-6) / x.std(0).clip(1e-6)]))
+    flops = local * flops_per_sample(model, cfg, device)
     train = DDP(model, broadcast_buffers=False) if world > 1 else model
     train = torch.compile(train) if cfg.compile else train
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     workers = ThreadPoolExecutor(min(8, os.cpu_count()))
 
     def targets(batch):                                                         # made beside the training step
-        return {} if raft or not cfg.flow_weight else {"flow": optical_flow(batch["frames"], workers)}
+        flow = {"flow": optical_flow(batch["frames"], workers)} if cfg.flow_weight and not raft else {}
+        return {"labelled": labelled(cfg, batch), **flow}
 
     def losses(batch, piece, step):
         """Loss of a piece of a batch as augment left it."""
         frames, flow = batch["frames"][piece], batch["flow"][piece]
-        weight = cfg.flow_weight * min(1.0, (step + 1) / max(1, cfg.flow_warmup))
+        weight = torch.tensor(cfg.flow_weight * min(1.0, (step + 1) / max(1, cfg.flow_warmup)), device=device)
         more = {}
         if features:
             more["features"] = features(frames[:, 1])
@@ -1164,8 +1197,9 @@ def main(cfg: Config):
             return train(frames, flow, weight, **more)
 
     log, stop, batches = Logger(cfg, rank, start), StopFlag(), loader.to(device, targets)
-    log.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, episodes {loader.counts}")
-    peak, flops, waited, busy = matmul_rate(device, cfg.dtype), None, 0.0, 0.0
+    log.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {flops / local / 1e9:.2f} GFLOP a sample, "
+              f"episodes {loader.counts}")
+    peak, waited, busy, timed = matmul_rate(device, cfg.dtype), 0.0, 0.0, 0
 
     for step in range(start, cfg.steps + 1):                                    # one more round, to evaluate and save
         stopping, last = stop(device), step == cfg.steps
@@ -1185,9 +1219,6 @@ def main(cfg: Config):
         waited += time.perf_counter() - began
         if raft:
             batch["flow"] = raft(batch["frames"])
-        if cfg.action_fraction:
-            mine = {k: batch[k].cpu().numpy() for k in ("dataset", "episode", "has_action")}
-            batch["labelled"] = torch.from_numpy(labelled(cfg, mine)).to(device)
         flow = batch.get("flow", torch.zeros(local, 2, FLOW_GRID, FLOW_GRID, device=device))
         batch["frames"], batch["flow"] = augment(batch["frames"], flow, cfg)
         pieces = [slice(i, i + micro) for i in range(0, local, micro)]
@@ -1195,11 +1226,8 @@ def main(cfg: Config):
         for piece in pieces:
             if world > 1:
                 train.require_backward_grad_sync = piece is pieces[-1]
-            counter = FlopCounterMode(display=False) if flops is None and not cfg.compile else contextlib.nullcontext()
-            with counter:
-                loss, parts, *outputs = losses(batch, piece, step)
-                (loss / len(pieces)).backward()
-            flops = flops or (counter.get_total_flops() * len(pieces) if not cfg.compile else math.nan)
+            loss, parts, *outputs = losses(batch, piece, step)
+            (loss / len(pieces)).backward()
             total += loss.detach() / len(pieces)
             z, codes = [*z, outputs[0]], [*codes, outputs[1]]
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
@@ -1211,17 +1239,16 @@ def main(cfg: Config):
         model.quantizer.observe(torch.cat(z), torch.cat(codes))
         if cfg.reseed_every and step % cfg.reseed_every == 0:
             model.quantizer.reseed(torch.cat(z))
-        busy += time.perf_counter() - began
+        busy, timed = busy + time.perf_counter() - began, timed + 1
         if log.on:
             log.bar.update()
         if step % cfg.log_every == 0:
             if world > 1:
                 dist.all_reduce(total)
                 total /= world
-            n = 1 if step == start else min(cfg.log_every, step - start)
-            log.log(step, {"loss": total, **parts}, loss=total, grad_norm=norm, lr=lr_at(cfg, step), mfu=flops * n / busy / peak,
-                    samples_per_s=cfg.batch_size * n / busy, data_wait=waited / busy, **parts)
-            waited = busy = 0.0
+            log.log(step, {"loss": total, **parts}, loss=total, grad_norm=norm, lr=lr_at(cfg, step), data_wait=waited / busy,
+                    samples_per_s=cfg.batch_size * timed / busy, mfu=flops * timed / busy / peak, **parts)
+            waited, busy, timed = 0.0, 0.0, 0
     if rank == 0 and not stop.signal:
         export(model, cfg, cfg.steps, val_loader)
         picture(model.eval(), cfg, val_loader, device)
@@ -1238,8 +1265,9 @@ def main(cfg: Config):
 if __name__ == "__main__":
     cfg = tyro.cli(Config, description=__doc__)
     if cfg.analyze:                                         # its own settings, but those given on the command line
-        if not Path(cfg.analyze).is_file():
-            fail(f"no checkpoint at --analyze '{cfg.analyze}'")
-        stored = torch.load(cfg.analyze, map_location="cpu", weights_only=True)["config"]
+        try:
+            stored = torch.load(cfg.analyze, map_location="cpu", weights_only=True)["config"]
+        except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as e:
+            fail(f"--analyze '{cfg.analyze}' is not a checkpoint of this script ({type(e).__name__}); give OUT/last.pt")
         cfg = tyro.cli(Config, default=Config(**{f.name: stored[f.name] for f in fields(Config) if f.name in stored}))
     (analyze if cfg.analyze else main)(cfg)

@@ -13,5 +13,6 @@
 set -euo pipefail
 source .venv/bin/activate
 DATA=${DATA:-gs://gresearch/robotics}
-exec torchrun --standalone --nproc_per_node=4 laq.py --data "$DATA" --mix "${MIX:-bridge,fractal20220817_data}" --resize gpu --image-size 128 --width 64 --codes 16 --code-dim 32 \
-  --batch-size 512 --steps 50000 --warmup-steps 500 --lr 3e-4 --dtype bfloat16 --compile --wandb ${RESUME:+--resume "$RESUME"}
+exec torchrun --standalone --nproc_per_node=4 laq.py --data "$DATA" --mix "${MIX:-bridge,fractal20220817_data}" --resize gpu \
+  --size base --batch-size 512 --steps 50000 --warmup-steps 1000 --lr 1e-4 --shift 12 --crop 0.1 --color 0.1 --dtype bfloat16 \
+  --compile --wandb ${RESUME:+--resume "$RESUME"}

@@ -180,7 +180,8 @@ def test_a_batch_can_be_overfitted(data, stages):
     batch = next(iter(data_oxe.Loader(str(data), "metaworld_corner4", "train", 8, 64, chunk=8)))
     frames = torch.from_numpy(batch["frames"])
     torch.manual_seed(0)
-    for quantizer in ({}, {"quantizer": "nsvq"}, {"quantizer": "fsq", "arch": "cnn"}, {"ema": 0.9, "shared_codebook": True}):
+    for quantizer in ({}, {"quantizer": "vq"}, {"quantizer": "fsq", "arch": "cnn"},
+                      {"quantizer": "vq", "ema": 0.9, "shared_codebook": True}):
         model, flow = laq_model(**quantizer), torch.from_numpy(laq.optical_flow(batch["frames"]))
         model.quantizer.reseed(model.features(frames), everything=True)
         before = model(frames, flow, 1.0)[1]["pixel"]
