@@ -129,7 +129,7 @@ class Config:
     action_fraction: float = 0.0
     """Share of the episodes with actions whose actions also supervise the latents (LAOM needed 0.025)."""
     shift: int = 4
-    """Random shift of training images in pixels, the same for both frames."""
+    """Random shift of training images in pixels; hurts a policy where camera and robot are bolted down."""
     crop: float = 0.0
     """Random zoom: up to this share of the image's side is cut away, the same for both frames."""
     color: float = 0.0
@@ -953,7 +953,8 @@ def analyze(cfg: Config):
             metrics[n]["probe_r2_left_out"] = r2(ridge(x, y, val["vectors"][of[i]]), y_val)[moving].mean()
     position = int(entropy(val["codes"], K).argmax())
     code = val["codes"][:, position]
-    inspected = np.bincount(code, minlength=K).argsort()[::-1][:6]
+    inspected = [k for k in np.bincount(code, minlength=K).argsort()[::-1][:6] if (code == k).any()]
+    plt.rcParams["axes.titlesize"] = 8
     color = plt.get_cmap("tab20" if K > 10 else "tab10")
     colors = color(np.arange(K) % color.N)
     flow = val["flow"] - np.array([val["flow"][o].mean(0) if len(o) else [0, 0] for o in of])[val["dataset"]]
@@ -977,29 +978,21 @@ def analyze(cfg: Config):
         made[name] = title
 
     def image(ax, x, title=""):
-        ax.imshow(x if isinstance(x, np.ndarray) else x.cpu().numpy())
-        ax.set(xticks=[], yticks=[])
-        ax.set_title(title, fontsize=8)
-
-    def dots(ax, xy, rows, title, labels):
-        ax.scatter(xy[rows, 0], xy[rows, 1], c=color(code[rows] % color.N), s=4)
-        ax.set_title(title, fontsize=8)
-        ax.set(xlabel=labels[0], ylabel=labels[1])
+        ax.imshow(x.cpu().numpy())
+        ax.set(xticks=[], yticks=[], title=title)
 
     def scatter(axes):
         for line, o, n in zip(axes, of, names):
-            pair = val["motion"] if val["motion"].shape[1] > 1 else val["flow"]
-            dots(line[0], val["flow"], o, n, ("mean flow x", "mean flow y"))
-            dots(line[1], pair, o, "actions", ("motion 0", "motion 1"))
-            where = val["state"] if val["state"].shape[1] > 1 else val["flow"]
-            dots(line[2], where, o, "state space", ("state 0", "state 1"))
+            for ax, key, title in zip(line, ("flow", "motion", "state"), (f"{n}: mean flow", "action", "state")):
+                if val[key].shape[1] > 1:
+                    ax.scatter(*val[key][o, :2].T, c=color(code[o] % color.N), s=4)
+                ax.set(title=title)
 
     def compass(axes):
-        for ax, arrow, n in zip(axes[0], arrows, names):
+        reach = np.nanmax(np.abs(arrows)) * 1.1
+        for ax, arrow, n in zip(axes.flat, arrows, names):
             ax.quiver(*np.zeros((2, K)), arrow[:, 0], -arrow[:, 1], color=colors, angles="xy", scale_units="xy", scale=1)
-            reach = np.nanmax(np.abs(arrows)) * 1.1
-            ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-            ax.set_title(n, fontsize=8)
+            ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", title=n)
 
     def usage(axes):
         shares = [np.stack([np.bincount(c, minlength=K) for c in val["codes"][o].T]).ravel() / max(1, len(o)) for o in of]
@@ -1032,8 +1025,7 @@ def analyze(cfg: Config):
                 image(ax, x, title)
             axis = np.arange(0, FLOW_GRID, 2)
             line[5].quiver(axis, axis, shown[0, ::2, ::2], shown[1, ::2, ::2], angles="xy", scale_units="xy", scale=0.5)
-            line[5].set(xticks=[], yticks=[], ylim=(FLOW_GRID, -1), aspect="equal")
-            line[5].set_title(f"its flow; code {k}", fontsize=8)
+            line[5].set(xticks=[], yticks=[], ylim=(FLOW_GRID, -1), aspect="equal", title=f"its flow; code {k}")
 
     def books(axes):
         for s, (ax, book) in enumerate(zip(axes[0], model.quantizer.codebook().detach().cpu())):
@@ -1041,10 +1033,10 @@ def analyze(cfg: Config):
             xy = (u * v).numpy()
             area = 4 + 200 * np.bincount(val["codes"][:, s], minlength=K) / len(code)
             ax.scatter(xy[:, 0], xy[:, -1], c=colors, s=area)
-            ax.set_title(f"position {s}", fontsize=8)
+            ax.set(title=f"position {s}")
     D = len(names)
     figure("motion", f"Codes of position {position} (colors) over mean flow in grid cells, actions and state", D, 3, scatter)
-    figure("compass", "Mean flow of each code, centred for each dataset", 1, D, compass, 4)
+    figure("compass", "Mean flow of each code, centred for each dataset", -(-D // 4), min(D, 4), compass, 4)
     figure("usage", "Codes used by each dataset, commonest sequences, histogram", 3, 1, usage, 6, 2.5)
     figure("gallery", "Held-out pairs of the inspected codes", len(inspected), 8, gallery, 1.3)
     figure("transfer", "Codes applied to their own frame and to another", len(inspected), 6, grid, 1.6)
@@ -1088,8 +1080,9 @@ def export(model: LAQ, cfg: Config, step: int, loader):
     manifest = {"schema": "laq.v1", "tokens": cfg.tokens, "codes": cfg.codes, "code_dim": cfg.code_dim,
                 "image_size": cfg.image_size, "horizon": loader.horizon, "mix": cfg.mix, "step": step,
                 "config": asdict(cfg), "torch": torch.__version__}
-    codebook = labeller.model.quantizer.codebook().detach().clone(memory_format=torch.contiguous_format)
-    tensors = base64.b64encode(safetensors_bytes({"codebook": codebook, "probe_frames": probe, "probe_codes": codes})).decode()
+    tensors = {"codebook": labeller.model.quantizer.codebook().detach(), "probe_frames": probe, "probe_codes": codes}
+    tensors = base64.b64encode(safetensors_bytes({k: v.clone(memory_format=torch.contiguous_format)
+                                                  for k, v in tensors.items()})).decode()
     program.example_inputs = None                                               # would be stored as a pickle
     partial = Path(cfg.out) / ".partial.laq.pt2"
     warnings.filterwarnings("ignore", "No complete tensor found")               # of views; both are saved whole
