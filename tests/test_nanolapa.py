@@ -109,7 +109,7 @@ def test_batches_hold_what_was_recorded(data):
 # ------------------------------------------------------------------------------------------------ training loops
 @pytest.mark.parametrize("stage", ["laq", "vla", "finetune"])
 def test_kill_and_resume_equals_an_unbroken_run(stage, data, stages, tmp_path):
-    args = [*stage_args(stage, data, stages), "--steps", 40, "--save-every", 10]
+    args = [*stage_args(stage, data, stages), "--steps", 24, "--save-every", 6]
     run(f"{stage}.py", *args, "--out", tmp_path / "whole")
     broken = subprocess.Popen([sys.executable, str(ROOT / f"{stage}.py"), *map(str, args), "--out", str(tmp_path / "broken")],
                               env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -119,7 +119,7 @@ def test_kill_and_resume_equals_an_unbroken_run(stage, data, stages, tmp_path):
     assert broken.wait() == -signal.SIGKILL, "the run ended before it was killed"
     run(f"{stage}.py", *args, "--out", tmp_path / "broken", "--resume", tmp_path / "broken/last.pt")
     whole, resumed = (metrics(tmp_path / x, "loss")["loss"] for x in ("whole", "broken"))
-    assert list(resumed) == list(whole) == list(range(40))
+    assert list(resumed) == list(whole) == list(range(24))
     np.testing.assert_allclose([*resumed.values()], [*whole.values()], rtol=1e-4)
 
 
@@ -150,7 +150,8 @@ def same_episodes(tmp_path_factory):
 
 
 def test_processes_and_micro_batches_do_not_change_training(same_episodes, data, tmp_path):
-    args = ["--steps", 8, "--shift", 0, "--quantizer", "vq", *TINY]                       # nsvq draws noise for each rank
+    args = ["--steps", 6, "--shift", 0, "--layers", 1, "--decoder-layers", 1, "--quantizer", "vq",
+            *TINY]                                                                      # nsvq draws noise for each rank
     same = ["--data", same_episodes, "--val-fraction", 0.25]
     run("laq.py", *args, *same, "--out", tmp_path / "one")
     run("laq.py", *args, *same, "--out", tmp_path / "two", processes=2)
@@ -185,7 +186,7 @@ def test_a_batch_can_be_overfitted(data, stages):
         model, flow = laq_model(**quantizer), torch.from_numpy(laq.optical_flow(batch["frames"]))
         model.quantizer.reseed(model.features(frames), everything=True)
         before = model(frames, flow, 1.0)[1]["pixel"]
-        overfit(model, lambda: model(frames, flow, 1.0)[0], 80)
+        overfit(model, lambda: model(frames, flow, 1.0)[0], 50)
         model.quantizer.observe(*model(frames, flow, 1.0)[2:])
         codes, vectors = model.encode(frames)
         assert model(frames, flow, 1.0)[1]["pixel"] < 0.85 * before, quantizer
@@ -212,7 +213,7 @@ def laq_model(**settings):
     cfg = laq.Config(**settings)
     laq.check(cfg)
     torch.manual_seed(0)
-    return laq.LAQ(cfg)
+    return laq.LAQ(cfg, action_dim=4)
 
 
 def overfit(model, loss_of, steps):
