@@ -415,7 +415,10 @@ class FSQ(Quantizer):
         return y, ((y + 1) / 2 * self.levels).round()
 
     def codes(self, z):
-        index = self.levels_of(z)[1].long()
+        return self.number(self.levels_of(z)[1].long())
+
+    def number(self, index):
+        """Indices of levels (B, S, levels) -> row of the grid (B, S)."""
         codes = torch.zeros_like(index[..., 0])
         for i, n in enumerate(self.cfg.levels):
             codes = codes * n + index[..., i]
@@ -424,7 +427,7 @@ class FSQ(Quantizer):
     def forward(self, z):
         y, index = self.levels_of(z)
         y = y + (index / self.levels * 2 - 1 - y).detach()
-        return torch.einsum("bsl,sld->bsd", y, self.up), self.codes(z), z.new_zeros(())
+        return torch.einsum("bsl,sld->bsd", y, self.up), self.number(index.long()), z.new_zeros(())
 
 
 # ---------------------------------------------------------------------------------------------- model
@@ -932,7 +935,8 @@ def analyze(cfg: Config):
     with torch.no_grad():
         control.quantizer.reseed(control.features(first), everything=True)
     print(f"reading and labelling {2 * cfg.eval_batches * 64} pairs ...")
-    fit, val = (collect(model, control, cfg, x, device, cfg.eval_batches) for x in (fit_loader, val_loader))
+    fit = collect(model, control, cfg, fit_loader, device, cfg.eval_batches, decode=False)
+    val = collect(model, control, cfg, val_loader, device, cfg.eval_batches)
     frames = torch.cat([data_oxe.to_device(b, device, cfg.image_size)["frames"] for b in val_loader.first(cfg.eval_batches)])
     names, rng, S, K = val_loader.names, np.random.default_rng(state["step"]), cfg.tokens, cfg.codes
     of = [np.flatnonzero(val["dataset"] == i) for i in range(len(names))]
