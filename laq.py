@@ -42,6 +42,7 @@ import torch.nn.functional as F
 import tyro
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -100,15 +101,15 @@ class Config:
     """Channels of the CNN's first level; its three others have 2, 4 and 8 times as many."""
     quantizer: str = "nsvq"
     """'nsvq' (noise substitution), 'vq' (straight-through) or 'fsq' (finite scalars)."""
-    tokens: int = 4
+    tokens: int = 2
     """S, latent tokens a pair."""
-    codes: int = 16
+    codes: int = 64
     """K, codes a token."""
-    code_dim: int = 32
-    """D, width of a code."""
+    code_dim: int = 256
+    """D, width of a code; narrow codes say less to whoever reads them linearly."""
     shared_codebook: bool = False
     """One codebook for all tokens instead of one each (vq, nsvq)."""
-    levels: tuple[int, ...] = (4, 4)
+    levels: tuple[int, ...] = (8, 8)
     """Levels of fsq's dimensions; their product is K."""
     beta: float = 0.25
     """Weight of the commitment loss (vq, nsvq)."""
@@ -308,6 +309,14 @@ class CNNDecoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- quantizers
+def mean_of_ranks(x):
+    """Mean of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
 class Quantizer(nn.Module):
     """What VQ and FSQ have in common. Nothing changes inside forward: the loop calls observe and reseed.
 
@@ -325,15 +334,8 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def observe(self, z, codes):
-        """Follows the share of each code over all processes; returns this step's shares and mean outputs times share."""
-        hot = F.one_hot(codes, self.cfg.codes).float()                          # (B, S, K)
-        counts, sums = hot.sum(0), torch.einsum("bsk,bsd->skd", hot, z)
-        if dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
-        n = counts[0].sum()
-        self.usage.lerp_(counts / n, 0.05)
-        return counts / n, sums / n
+        """Follows the share of each code over all processes."""
+        self.usage.lerp_(mean_of_ranks(F.one_hot(codes, self.cfg.codes).float().mean(0)), 0.05)
 
     def reseed(self, z, everything: bool = False) -> int:
         return 0
@@ -370,8 +372,10 @@ class VQ(Quantizer):
     @torch.no_grad()
     def observe(self, z, codes):
         """With `ema` also moves the codes towards the mean of their encoder outputs."""
-        shares, sums = super().observe(z, codes)
+        super().observe(z, codes)
         if self.cfg.ema:
+            hot = F.one_hot(codes, self.cfg.codes).float()                      # (B, S, K)
+            shares, sums = mean_of_ranks(hot.mean(0)), mean_of_ranks(torch.einsum("bsk,bsd->skd", hot, z) / len(z))
             if self.cfg.shared_codebook:
                 shares, sums = shares.mean(0, keepdim=True), sums.mean(0, keepdim=True)
             self.shares.lerp_(shares, 1 - self.cfg.ema)
@@ -380,18 +384,21 @@ class VQ(Quantizer):
 
     @torch.no_grad()
     def reseed(self, z, everything: bool = False) -> int:
-        """Moves codes used less than a tenth of their share onto encoder outputs z (B, S, D), rank 0's on every rank."""
-        S, K, shared = self.cfg.tokens, self.cfg.codes, self.cfg.shared_codebook
+        """Moves codes used less than a tenth of their share onto encoder outputs z (B, S, D), rank 0's on every rank; an
+        output seeds one code at most, so that with few outputs some codes wait for the next time."""
+        S, K, shared, moved = self.cfg.tokens, self.cfg.codes, self.cfg.shared_codebook, 0
         dead = ((self.usage.mean(0, keepdim=True) if shared else self.usage) < 0.1 / K) | everything    # (books, K)
-        order = torch.randperm(len(z)).tolist()                                 # no output twice for one token
-        for s, k in dead.nonzero().tolist():
-            self.books[s, k] = z[order[k % len(z)], k % S if shared else s]
+        order = torch.randperm(len(z)).to(z.device)
+        for s, book in enumerate(dead):
+            k = book.nonzero().flatten()[:len(z)]
+            self.books[s, k] = z[order[:len(k)], k % S if shared else s]
             self.usage[slice(None) if shared else s, k] = self.shares[s, k] = 1.0 / K
             self.sums[s, k] = self.books[s, k] / K
+            moved += len(k)
         if dist.is_initialized():
             for x in (self.books.data, self.sums):
                 dist.broadcast(x, 0)
-        return int(dead.sum())
+        return moved
 
 
 class FSQ(Quantizer):
@@ -438,14 +445,15 @@ class LAQ(nn.Module):
     forward(frames, flow (B, 2, 16, 16), targets) -> loss, parts, z, codes: what a training step needs
     """
 
-    def __init__(self, cfg: Config, feature_dim: int = 0, action_dim: int = 1, datasets: int = 1):
+    def __init__(self, cfg: Config, feature_dim: int = 0, action_dim: int = 0, datasets: int = 1):
         super().__init__()
         self.cfg, vit, latent = cfg, cfg.arch == "vit", cfg.tokens * cfg.code_dim
         self.encoder, self.decoder = (ViTEncoder(cfg), ViTDecoder(cfg)) if vit else (CNNEncoder(cfg), CNNDecoder(cfg))
         self.quantizer = FSQ(cfg) if cfg.quantizer == "fsq" else VQ(cfg)
         self.to_summary = nn.Linear(latent, 2 * SUMMARY ** 2)
-        self.to_action = nn.Linear(latent, datasets * action_dim).requires_grad_(cfg.action_fraction > 0)
-        self.register_buffer("action_scale", torch.ones(datasets, 2, action_dim))                   # mean, 1/std
+        if cfg.action_fraction:
+            self.to_action = nn.Linear(latent, datasets * action_dim)
+            self.register_buffer("action_scale", torch.ones(datasets, 2, action_dim))               # mean, 1/std
         if feature_dim:
             self.to_features = nn.Conv2d(cfg.width if vit else 2 * cfg.channels, feature_dim, 1)
 
@@ -787,12 +795,11 @@ def entropy(codes, K: int) -> np.ndarray:
     return -(share * np.log(share.clip(1e-12))).sum(1)
 
 
-def can_probe(fit: dict, val: dict) -> bool:
-    """Whether a dataset's samples are enough and its actions vary."""
-    if min(len(fit["motion"]), len(val["motion"])) < 8:
-        return False
-    moving = fit["motion"].std(0) > 1e-6
-    return bool(moving.any() and val["motion"][:, moving].std(0).min() > 1e-6)
+def varying(*samples: dict) -> np.ndarray:
+    """Which action columns can be probed: those that vary in all of the samples, none where one has under 8. bool (m,)"""
+    if min(len(x["motion"]) for x in samples) < 8:
+        return np.zeros(samples[0]["motion"].shape[1], bool)
+    return np.all([x["motion"].std(0) > 1e-6 for x in samples], 0)
 
 
 PROBES = {"": "vectors", "_random_quantizer": "control", "_pixel_difference": "difference", "_mean_flow": "mean_flow",
@@ -811,8 +818,8 @@ def metrics_of(fit: dict, val: dict, cfg: Config) -> dict:
          "codes_used": np.mean([len(set(c)) for c in val["codes"].T]) / cfg.codes, "perplexity": np.exp(h).mean(),
          **{f"entropy_{i}": v for i, v in enumerate(h)}, "still_same": n.max() / n.sum(), "still_elsewhere": own.mean(),
          "still_elsewhere_motion": size[own].mean() / size.mean() if own.any() else 0.0}
-    if can_probe(fit, val):
-        moving = fit["motion"].std(0) > 1e-6
+    moving = varying(fit, val)
+    if moving.any():
         y, y_val = fit["motion"][:, moving], val["motion"][:, moving]
         for name, key in PROBES.items():
             pred = ridge(fit[key], y, val[key])
@@ -886,9 +893,9 @@ def more_metrics(fit: dict, val: dict, cfg: Config, rng) -> dict:
     text = np.unique(val["instruction"].astype(str), return_inverse=True)[1]
     mean_nmi = lambda labels: np.mean([nmi(labels, c) for c in val["codes"].T])
     m = {"nmi_instruction": mean_nmi(text), "nmi_instruction_shuffled": mean_nmi(rng.permutation(text))}
-    if not can_probe(fit, val):
+    moving = varying(fit, val)
+    if not moving.any():
         return m
-    moving = fit["motion"].std(0) > 1e-6
     y, y_val = fit["motion"][:, moving], val["motion"][:, moving]
     length, length_val = np.linalg.norm(y, axis=1), np.linalg.norm(y_val, axis=1)
     movers = length_val > np.median(length)
@@ -922,18 +929,12 @@ def analyze(cfg: Config):
     check(cfg)
     device = setup(cfg)[2]
     state = torch.load(cfg.analyze, map_location="cpu", weights_only=True)
-    loader = lambda split: data_oxe.Loader(
-        split=split, batch_size=64, seed=1000 * cfg.seed + state["step"], shuffle_mb=64, need_instruction=False,
-        **{k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "max_bad",
-                                        "image_size", "horizon_s")})
-    fit_loader, val_loader = loader("train"), loader("val")
+    fit_loader, val_loader = (make_loader(cfg, x, 64, 1000 * cfg.seed + state["step"], 64) for x in ("train", "val"))
     weights = {k: v for k, v in state["model"].items() if not k.startswith(("to_action", "to_features", "action_scale"))}
     torch.manual_seed(cfg.seed)
     model, control = LAQ(cfg).to(device), LAQ(cfg).to(device)
     model.load_state_dict({**model.state_dict(), **weights})                    # all but the heads that only training needs
-    first = data_oxe.to_device(next(fit_loader.first(1)), device, cfg.image_size)["frames"]
-    with torch.no_grad():
-        control.quantizer.reseed(control.features(first), everything=True)
+    seed_codebooks([control], cfg, fit_loader, device)
     print(f"reading and labelling {2 * cfg.eval_batches * 64} pairs ...")
     fit = collect(model, control, cfg, fit_loader, device, cfg.eval_batches, decode=False)
     val = collect(model, control, cfg, val_loader, device, cfg.eval_batches)
@@ -949,7 +950,7 @@ def analyze(cfg: Config):
             rows = rng.choice(of[j], len(of[i]))
             cosines = transfers(model, frames[of[i]], frames[rows], val["flow"][of[i]])[1]
             metrics[n][f"transfer_cosine_to_{other}"] = cosines.mean()
-        others = [f for k, f in enumerate(fits) if k != i and can_probe(f, f)]
+        others = [f for k, f in enumerate(fits) if k != i and varying(f).any()]
         if others and "probe_r2" in metrics[n]:                                 # in units of each dataset's spread
             x, y = (np.concatenate([f(o) for o in others]) for f in (lambda o: o["vectors"], lambda o: spread(o["motion"])))
             y_val = spread(val["motion"][of[i]])
@@ -1114,6 +1115,23 @@ def check(cfg: Config):
         fail(f"--levels {' '.join(map(str, cfg.levels))}: each must be at least 2")
 
 
+def make_loader(cfg: Config, split: str, batch_size: int, seed: int, shuffle_mb: float, **more) -> data_oxe.Loader:
+    same = ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize", "max_bad", "image_size",
+            "horizon_s", "min_motion")
+    return data_oxe.Loader(split=split, batch_size=batch_size, seed=seed, shuffle_mb=shuffle_mb, need_instruction=False,
+                           **{k: getattr(cfg, k) for k in same}, **more)
+
+
+@torch.no_grad()
+def seed_codebooks(models, cfg: Config, loader, device):
+    """Puts all codes on encoder outputs of as many pairs as a codebook has codes."""
+    step_seed(cfg, 0, 0, 1)
+    z = [[m.features(data_oxe.to_device(b, device, cfg.image_size)["frames"]) for m in models]
+         for b in loader.first(math.ceil(cfg.codes / 64))]
+    for m, outputs in zip(models, zip(*z)):
+        m.quantizer.reseed(torch.cat(outputs), everything=True)
+
+
 def matmul_rate(device, dtype: str) -> float:
     """FLOP/s of this machine's matrix products, best of five."""
     n, best = (8192 if device.type == "cuda" else 1536), 0.0
@@ -1128,7 +1146,7 @@ def matmul_rate(device, dtype: str) -> float:
 def flops_per_sample(model: LAQ, cfg: Config, device) -> int:
     """Of forward and backward, matrix products and convolutions only, as model FLOP utilisation counts them."""
     frames = torch.zeros(2, 2, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8, device=device)
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:       # the CPU's fused kernel is not counted
         model(frames, torch.zeros(2, 2, FLOW_GRID, FLOW_GRID, device=device), 1.0)[0].backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops() // 2
@@ -1144,27 +1162,20 @@ def main(cfg: Config):
     check(cfg)
     rank, world, device = setup(cfg)
     local, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
-    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize",
-                                            "max_bad", "image_size", "horizon_s", "min_motion")}
-    make = lambda split, size, seed, mb, **more: data_oxe.Loader(split=split, batch_size=size, seed=seed, shuffle_mb=mb,
-                                                                  need_instruction=False, **options, **more)
-    loader = make("train", local, cfg.seed, cfg.shuffle_mb, rank=rank, world=world)
-    val_loader, probe_loader = make("val", 64, 1, 8), make("train", 64, 2, 8)
+    loader = make_loader(cfg, "train", local, cfg.seed, cfg.shuffle_mb, rank=rank, world=world)
+    val_loader, probe_loader = make_loader(cfg, "val", 64, 1, 8), make_loader(cfg, "train", 64, 2, 8)
+    if cfg.action_fraction and not loader.action_dim:
+        fail(f"--action-fraction {cfg.action_fraction}: no dataset of --mix '{cfg.mix}' has actions; leave it out")
     features, feature_dim = load_features(cfg.features, device) if cfg.features else (None, 0)
     raft = load_raft(device) if cfg.flow_teacher == "raft" else None
-    sizes = dict(feature_dim=feature_dim, action_dim=max(1, loader.action_dim), datasets=len(loader.names))
+    sizes = dict(feature_dim=feature_dim, action_dim=loader.action_dim, datasets=len(loader.names))
     layout = torch.channels_last if cfg.arch == "cnn" else torch.contiguous_format      # a third faster on a CPU
     control, model = (LAQ(cfg, **sizes).to(device, memory_format=layout) for _ in range(2))
     optimizer = make_optimizer(cfg, model, device)
     start = load_checkpoint(cfg, model, optimizer, loader) if cfg.resume else 0
     if cfg.export_only:
         return export(model, cfg, start, val_loader) if rank == 0 else None
-    first = next(probe_loader.first(1))
-    step_seed(cfg, 0, 0, 1)
-    with torch.no_grad():                                                       # codes start on encoder outputs
-        frames = data_oxe.to_device(first, device, cfg.image_size)["frames"]
-        for m in (control, model) if start == 0 else (control,):
-            m.quantizer.reseed(m.features(frames), everything=True)
+    seed_codebooks([control, model] if start == 0 else [control], cfg, probe_loader, device)
     if start == 0 and cfg.action_fraction:
         seen = [b for b in probe_loader.first(cfg.eval_batches)]
         for i in range(len(loader.names)):
@@ -1240,9 +1251,7 @@ def main(cfg: Config):
         if log.on:
             log.bar.update()
         if step % cfg.log_every == 0:
-            if world > 1:
-                dist.all_reduce(total)
-                total /= world
+            total = mean_of_ranks(total)
             log.log(step, {"loss": total, **parts}, loss=total, grad_norm=norm, lr=lr_at(cfg, step), data_wait=waited / busy,
                     samples_per_s=cfg.batch_size * timed / busy, mfu=flops * timed / busy / peak, **parts)
             waited, busy, timed = 0.0, 0.0, 0
