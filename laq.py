@@ -101,22 +101,22 @@ class Config:
     """Channels of the CNN's first level; its three others have 2, 4 and 8 times as many."""
     quantizer: str = "nsvq"
     """'nsvq' (noise substitution), 'vq' (straight-through) or 'fsq' (finite scalars)."""
-    tokens: int = 2
+    tokens: int = 3
     """S, latent tokens a pair."""
-    codes: int = 64
+    codes: int = 32
     """K, codes a token."""
     code_dim: int = 256
     """D, width of a code; narrow codes say less to whoever reads them linearly."""
     shared_codebook: bool = False
     """One codebook for all tokens instead of one each (vq, nsvq)."""
-    levels: tuple[int, ...] = (8, 8)
+    levels: tuple[int, ...] = (8, 4)
     """Levels of fsq's dimensions; their product is K."""
     beta: float = 0.25
     """Weight of the commitment loss (vq, nsvq)."""
     ema: float = 0.0
     """Decay of codes that follow encoder outputs by moving averages instead of the codebook loss (vq), such as 0.99."""
     reseed_every: int = 20
-    """Steps between re-seeding codes used less than a tenth of their share from encoder outputs; 0: never."""
+    """Steps between re-seeding codes used less than a quarter of their share from encoder outputs; 0: never."""
     motion_weight: float = 10.0
     """How much more a fully changed pixel weighs than a still one."""
     flow_weight: float = 1.0
@@ -384,10 +384,10 @@ class VQ(Quantizer):
 
     @torch.no_grad()
     def reseed(self, z, everything: bool = False) -> int:
-        """Moves codes used less than a tenth of their share onto encoder outputs z (B, S, D), rank 0's on every rank; an
+        """Moves codes used less than a quarter of their share onto encoder outputs z (B, S, D), rank 0's on every rank; an
         output seeds one code at most, so that with few outputs some codes wait for the next time."""
         S, K, shared, moved = self.cfg.tokens, self.cfg.codes, self.cfg.shared_codebook, 0
-        dead = ((self.usage.mean(0, keepdim=True) if shared else self.usage) < 0.1 / K) | everything    # (books, K)
+        dead = ((self.usage.mean(0, keepdim=True) if shared else self.usage) < 0.25 / K) | everything    # (books, K)
         order = torch.randperm(len(z)).to(z.device)
         for s, book in enumerate(dead):
             k = book.nonzero().flatten()[:len(z)]
