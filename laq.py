@@ -101,15 +101,15 @@ class Config:
     """Channels of the CNN's first level; its three others have 2, 4 and 8 times as many."""
     quantizer: str = "nsvq"
     """'nsvq' (noise substitution), 'vq' (straight-through) or 'fsq' (finite scalars)."""
-    tokens: int = 3
+    tokens: int = 2
     """S, latent tokens a pair."""
-    codes: int = 32
+    codes: int = 64
     """K, codes a token."""
     code_dim: int = 256
     """D, width of a code; narrow codes say less to whoever reads them linearly."""
     shared_codebook: bool = False
     """One codebook for all tokens instead of one each (vq, nsvq)."""
-    levels: tuple[int, ...] = (8, 4)
+    levels: tuple[int, ...] = (8, 8)
     """Levels of fsq's dimensions; their product is K."""
     beta: float = 0.25
     """Weight of the commitment loss (vq, nsvq)."""

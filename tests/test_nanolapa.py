@@ -235,15 +235,15 @@ def test_still_pairs_have_one_code_of_their_own(arch, data):
 
 
 def test_dead_codes_are_reseeded_and_used_ones_stay():
-    quantizer, z = laq_model(codes=16).quantizer, torch.randn(64, 3, 256)
+    quantizer, z = laq_model(codes=16).quantizer, torch.randn(64, 2, 256)
     before = quantizer.books.detach().clone()
-    codes = torch.randint(0, 15, (64, 3))                                               # code 15 is never used
+    codes = torch.randint(0, 15, (64, 2))                                               # code 15 is never used
     for _ in range(100):
         quantizer.observe(z, codes)
-    assert quantizer.reseed(z) == 3
+    assert quantizer.reseed(z) == 2
     assert torch.equal(quantizer.books[:, :15], before[:, :15])
-    assert all((quantizer.books[s, 15] == z[:, s]).all(1).any() for s in range(3))
-    assert quantizer.reseed(z[:5], everything=True) == 15, "an output seeds one code at most"
+    assert all((quantizer.books[s, 15] == z[:, s]).all(1).any() for s in range(2))
+    assert quantizer.reseed(z[:5], everything=True) == 10, "an output seeds one code at most"
     assert all(len(book.unique(dim=0)) == 16 for book in quantizer.books)
 
 
@@ -279,7 +279,7 @@ def test_analysis(stages, tmp_path):
     p = run("laq.py", "--analyze", stages / "laq/last.pt", "--out", tmp_path)
     m = json.loads((tmp_path / "analysis/metrics.json").read_text())["metaworld_corner4"]
     assert {"transfer_cosine_to_metaworld_corner4", "nmi_instruction", "probe_direction_cosine", "probe_r2_random_quantizer",
-            "token_entropy_given_action_octant", "psnr_reversed", "entropy_2"} <= set(m) and "report:" in p.stdout
+            "token_entropy_given_action_octant", "psnr_reversed", "entropy_1"} <= set(m) and "report:" in p.stdout
     report = (tmp_path / "analysis/report.html").read_text()
     assert report.count("data:image/png") == 6 == len(list(tmp_path.glob("analysis/*.png"))) and "http" not in report
 
@@ -313,7 +313,7 @@ def test_labeller_round_trip(data, stages, tmp_path):
     model.load_state_dict(torch.load(stages / "laq/last.pt", weights_only=True)["model"])
     codes, vectors = program(frames)
     assert torch.equal(codes, model.encode(frames)[0]) and codes.dtype == torch.int64
-    assert torch.allclose(vectors, codebook[torch.arange(3), codes], atol=1e-6) and program(frames[:1])[0].shape == (1, 3)
+    assert torch.allclose(vectors, codebook[torch.arange(2), codes], atol=1e-6) and program(frames[:1])[0].shape == (1, 2)
     assert manifest["schema"] == "laq.v1" and manifest["horizon"]["metaworld_corner4"] == {"steps": 8, "seconds": 0.1}
     (tmp_path / "not.pt2").write_bytes(b"x")
     with pytest.raises(SystemExit, match="not a torch.export archive"):
@@ -385,7 +385,7 @@ def test_wandb_offline(data, tmp_path):
     ("laq.py", ["--data", "/nowhere"], "no dataset at '/nowhere/metaworld_corner4/1.0.0'"),
     ("laq.py", ["--mix", "bridge", "--data", "DATA"], "no step feature 'observation/natural_language_instruction'"),
     ("laq.py", ["--data", "DATA", "--image-size", "50"], "--image-size 50"),
-    ("laq.py", ["--data", "DATA", "--quantizer", "fsq", "--levels", "5", "3"], "make 15 codes, --codes is 32"),
+    ("laq.py", ["--data", "DATA", "--quantizer", "fsq", "--levels", "5", "3"], "make 15 codes, --codes is 64"),
     ("laq.py", ["--data", "DATA", "--size", "huge"], "--size 'huge' is none of tiny, base, lapa"),
     ("laq.py", ["--data", "DATA", "--features", "/nowhere"], "--features '/nowhere'"),
     ("laq.py", ["--data", "DATA", "--flow-teacher", "raft"], "--flow-teacher raft needs torchvision"),
