@@ -412,6 +412,7 @@ class FSQ(Quantizer):
         grids = torch.meshgrid(*[torch.linspace(-1, 1, n) for n in cfg.levels], indexing="ij")
         self.register_buffer("levels", torch.tensor(cfg.levels) - 1.0)
         self.register_buffer("grid", torch.stack(grids, -1).flatten(0, -2))     # (K, levels)
+        self.register_buffer("places", torch.tensor([math.prod(cfg.levels[i + 1:]) for i in range(len(cfg.levels))]))
 
     def codebook(self):
         return torch.einsum("kl,sld->skd", self.grid, self.up)                  # (S, K, D)
@@ -422,19 +423,12 @@ class FSQ(Quantizer):
         return y, ((y + 1) / 2 * self.levels).round()
 
     def codes(self, z):
-        return self.number(self.levels_of(z)[1].long())
-
-    def number(self, index):
-        """Indices of levels (B, S, levels) -> row of the grid (B, S)."""
-        codes = torch.zeros_like(index[..., 0])
-        for i, n in enumerate(self.cfg.levels):
-            codes = codes * n + index[..., i]
-        return codes
+        return (self.levels_of(z)[1].long() * self.places).sum(-1)              # row of the grid
 
     def forward(self, z):
         y, index = self.levels_of(z)
         y = y + (index / self.levels * 2 - 1 - y).detach()
-        return torch.einsum("bsl,sld->bsd", y, self.up), self.number(index.long()), z.new_zeros(())
+        return torch.einsum("bsl,sld->bsd", y, self.up), (index.long() * self.places).sum(-1), z.new_zeros(())
 
 
 # ---------------------------------------------------------------------------------------------- model

@@ -149,18 +149,14 @@ def same_episodes(tmp_path_factory):
     return folder
 
 
-def test_processes_and_micro_batches_do_not_change_training(same_episodes, data, tmp_path):
-    args = ["--steps", 6, "--shift", 0, "--layers", 1, "--decoder-layers", 1, "--quantizer", "vq",
-            *TINY]                                                                      # nsvq draws noise for each rank
-    same = ["--data", same_episodes, "--val-fraction", 0.25]
-    run("laq.py", *args, *same, "--out", tmp_path / "one")
-    run("laq.py", *args, *same, "--out", tmp_path / "two", processes=2)
-    run("laq.py", *args, "--data", data, "--out", tmp_path / "whole")
-    run("laq.py", *args, "--data", data, "--out", tmp_path / "pieces", "--micro-batch", 2)
-    for a, b in (("one", "two"), ("whole", "pieces")):
-        a, b = (metrics(tmp_path / x, "loss", "grad_norm") for x in (a, b))
-        for key in a:
-            np.testing.assert_allclose([*b[key].values()], [*a[key].values()], rtol=5e-3)
+def test_processes_and_micro_batches_do_not_change_training(same_episodes, tmp_path):
+    args = ["--data", same_episodes, "--val-fraction", 0.25, "--steps", 6, "--shift", 0, "--layers", 1, "--decoder-layers", 1,
+            "--quantizer", "vq", *TINY]                                                 # nsvq draws noise for each rank
+    run("laq.py", *args, "--out", tmp_path / "one")
+    run("laq.py", *args, "--out", tmp_path / "two", "--micro-batch", 2, processes=2)
+    one, two = (metrics(tmp_path / x, "loss", "grad_norm") for x in ("one", "two"))
+    for key in one:
+        np.testing.assert_allclose([*two[key].values()], [*one[key].values()], rtol=5e-3)
 
 
 @pytest.mark.parametrize("stage", ["vla", "finetune"])
@@ -284,13 +280,14 @@ def test_analysis(stages, tmp_path):
     assert report.count("data:image/png") == 6 == len(list(tmp_path.glob("analysis/*.png"))) and "http" not in report
 
 
-def test_further_targets(data, tmp_path):
-    """Features of a frozen vision model and a few action labels, both with their part of the loss."""
+def test_further_targets_and_wandb(data, tmp_path):
+    """Features of a frozen vision model and a few action labels, both with their part of the loss; logged offline."""
     from transformers import Dinov2Config, Dinov2Model
     Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56)).save_pretrained(
         tmp_path / "dino")
     run("laq.py", "--data", data, "--out", tmp_path, "--steps", 3, *TINY, "--arch", "cnn", "--quantizer", "fsq", "--crop", 0.2,
-        "--color", 0.2, "--features", tmp_path / "dino", "--action-fraction", 0.5)
+        "--color", 0.2, "--features", tmp_path / "dino", "--action-fraction", 0.5, "--wandb")
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     seen = metrics(tmp_path, "features", "action", "mfu", "data_wait")
     assert all(len(x) == 3 for x in seen.values()) and 0.5 < seen["features"][0] < 1.5 and max(seen["action"].values()) > 0
     batch = {"dataset": np.zeros(1000, int), "episode": np.arange(1000), "has_action": np.arange(1000) % 2 == 0}
@@ -372,11 +369,6 @@ def test_rollout(stages, tmp_path):
     assert json.loads((tmp_path / "b/results.json").read_text())["episodes"] == r["episodes"]    # reproducible
     p = run("rollout.py", "--compare", f"x={tmp_path}/a", f"y={tmp_path}/b", "--out", tmp_path)
     assert "drawer-open (2)" in p.stdout and set(json.loads((tmp_path / "results.json").read_text())) == {"x", "y"}
-
-
-def test_wandb_offline(data, tmp_path):
-    run("laq.py", "--data", data, "--out", tmp_path, "--steps", 1, "--wandb", *TINY)
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
 # ------------------------------------------------------------------------------------------------ errors and shape
