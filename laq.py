@@ -804,13 +804,14 @@ def metrics_of(fit: dict, val: dict, cfg: Config) -> dict:
     """Metrics of one dataset's samples as collect gives them; probes are fitted on `fit`, of training episodes. The pooled
     difference is 192 unquantized numbers, far more than S*log2(K) bits can carry: a ceiling more than a baseline."""
     psnr = -10 * np.log10(val["mse"].mean(0))
-    h = entropy(val["codes"], cfg.codes)
+    h, sequence = entropy(val["codes"], cfg.codes), np.unique(val["codes"], axis=0, return_inverse=True)[1].reshape(-1, 1)
     still, n = np.unique(val["still"], axis=0, return_counts=True)
     own, size = (val["codes"] == still[n.argmax()]).all(1), np.abs(val["difference"]).mean(1)
     m = {"psnr": psnr[0], "psnr_shuffled": psnr[1], "psnr_reversed": psnr[2], "psnr_copy": psnr[3],
          "ssim": val["ssim"][:, 0].mean(), "ssim_copy": val["ssim"][:, 1].mean(),
          "codes_used": np.mean([len(set(c)) for c in val["codes"].T]) / cfg.codes, "perplexity": np.exp(h).mean(),
-         **{f"entropy_{i}": v for i, v in enumerate(h)}, "still_same": n.max() / n.sum(), "still_elsewhere": own.mean(),
+         **{f"entropy_{i}": v for i, v in enumerate(h)}, "entropy_joint": entropy(sequence, sequence.max() + 1)[0],
+         "still_same": n.max() / n.sum(), "still_elsewhere": own.mean(),
          "still_elsewhere_motion": size[own].mean() / size.mean() if own.any() else 0.0}
     moving = varying(fit, val)
     if moving.any():
