@@ -407,7 +407,7 @@ class FSQ(Quantizer):
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)
-        self.down = nn.Parameter(torch.randn(cfg.tokens, cfg.code_dim, len(cfg.levels)) / cfg.code_dim ** 0.5)
+        self.down = nn.Parameter(torch.randn(cfg.tokens, cfg.code_dim, len(cfg.levels)))
         self.up = nn.Parameter(torch.randn(cfg.tokens, len(cfg.levels), cfg.code_dim))
         grids = torch.meshgrid(*[torch.linspace(-1, 1, n) for n in cfg.levels], indexing="ij")
         self.register_buffer("levels", torch.tensor(cfg.levels) - 1.0)
@@ -419,7 +419,7 @@ class FSQ(Quantizer):
 
     def levels_of(self, z):
         """-> bounded (B, S, levels) in -1..1, and the index of the nearest level."""
-        y = torch.tanh(torch.einsum("bsd,sdl->bsl", z, self.down))
+        y = torch.tanh(torch.einsum("bsd,sdl->bsl", z, self.down) / z.shape[-1] ** 0.5)     # so that no step saturates it
         return y, ((y + 1) / 2 * self.levels).round()
 
     def codes(self, z):

@@ -177,7 +177,7 @@ def test_a_batch_can_be_overfitted(data, stages):
     batch = next(iter(data_oxe.Loader(str(data), "metaworld_corner4", "train", 8, 64, chunk=8)))
     frames = torch.from_numpy(batch["frames"])
     torch.manual_seed(0)
-    for quantizer in ({}, {"quantizer": "vq"}, {"quantizer": "fsq", "arch": "cnn"},
+    for quantizer in ({}, {"quantizer": "vq", "arch": "cnn"}, {"quantizer": "fsq"},
                       {"quantizer": "vq", "ema": 0.9, "shared_codebook": True}):
         model, flow = laq_model(**quantizer), torch.from_numpy(laq.optical_flow(batch["frames"]))
         model.quantizer.reseed(model.features(frames), everything=True)
@@ -185,7 +185,7 @@ def test_a_batch_can_be_overfitted(data, stages):
         overfit(model, lambda: model(frames, flow, 1.0)[0], 50)
         model.quantizer.observe(*model(frames, flow, 1.0)[2:])
         codes, vectors = model.encode(frames)
-        assert model(frames, flow, 1.0)[1]["pixel"] < 0.85 * before, quantizer
+        assert model(frames, flow, 1.0)[1]["pixel"] < 0.7 * before, quantizer
         assert torch.allclose(vectors, model.quantizer.lookup(codes), atol=1e-6)
         assert len(codes.unique(dim=0)) > 4, "different pairs share their codes"
     trunk, tokenizer = vla.load_trunk("tiny", 16)
@@ -214,7 +214,8 @@ def laq_model(**settings):
 
 def overfit(model, loss_of, steps):
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for _ in range(steps):
+    for i in range(steps):
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (i + 1) / 25)
         optimizer.zero_grad()
         loss_of().backward()
         optimizer.step()
