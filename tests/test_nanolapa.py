@@ -149,14 +149,18 @@ def same_episodes(tmp_path_factory):
     return folder
 
 
-def test_processes_and_micro_batches_do_not_change_training(same_episodes, tmp_path):
-    args = ["--data", same_episodes, "--val-fraction", 0.25, "--steps", 6, "--shift", 0, "--layers", 1, "--decoder-layers", 1,
-            "--quantizer", "vq", *TINY]                                                 # nsvq draws noise for each rank
-    run("laq.py", *args, "--out", tmp_path / "one")
-    run("laq.py", *args, "--out", tmp_path / "two", "--micro-batch", 2, processes=2)
-    one, two = (metrics(tmp_path / x, "loss", "grad_norm") for x in ("one", "two"))
-    for key in one:
-        np.testing.assert_allclose([*two[key].values()], [*one[key].values()], rtol=5e-3)
+def test_processes_and_micro_batches_do_not_change_training(same_episodes, data, tmp_path):
+    args = ["--steps", 6, "--shift", 0, "--layers", 1, "--decoder-layers", 1, "--quantizer", "vq",
+            *TINY]                                                                      # nsvq draws noise for each rank
+    same = ["--data", same_episodes, "--val-fraction", 0.25]
+    run("laq.py", *args, *same, "--out", tmp_path / "one")
+    run("laq.py", *args, *same, "--out", tmp_path / "two", processes=2)
+    run("laq.py", *args, "--data", data, "--out", tmp_path / "whole")
+    run("laq.py", *args, "--data", data, "--out", tmp_path / "pieces", "--micro-batch", 2)
+    for a, b in (("one", "two"), ("whole", "pieces")):
+        a, b = (metrics(tmp_path / x, "loss", "grad_norm") for x in (a, b))
+        for key in a:
+            np.testing.assert_allclose([*b[key].values()], [*a[key].values()], rtol=5e-3)
 
 
 @pytest.mark.parametrize("stage", ["vla", "finetune"])
