@@ -606,6 +606,15 @@ def setup(cfg) -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
+def leave(code: int):
+    """Ends the process; under torchrun without destructors: gloo's joins threads that may wait for the GIL that it holds."""
+    if dist.is_initialized():
+        dist.barrier()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
+
+
 def lr_at(cfg, step: int) -> float:
     """Learning rate of a step: linear warm-up, then a cosine to min_lr."""
     if step < cfg.warmup_steps:
@@ -1255,12 +1264,9 @@ def main(cfg: Config):
         picture(model.eval(), cfg, val_loader, device)
         log.print(f"labeller {cfg.out}/laq.pt2, pictures {cfg.out}/pairs.png")
     log.close()
-    if world > 1:
-        dist.barrier()                                      # gloo's threads must be done: leaving can deadlock on the GIL
-        dist.destroy_process_group()
     if stop.signal:
         print(f"stopped; continue with --resume {cfg.out}/last.pt", file=sys.stderr)
-        raise SystemExit(128 + stop.signal)
+    leave(128 + stop.signal if stop.signal else 0)
 
 
 if __name__ == "__main__":

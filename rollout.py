@@ -344,10 +344,16 @@ def evaluate(cfg: Config):
         gathered = [None] * world
         dist.all_gather_object(gathered, results)
         results = sum(gathered, [])
-        dist.barrier()                                                 # gloo's threads must be done: leaving can deadlock
-        dist.destroy_process_group()
-        if rank:
-            return
+    if rank == 0:
+        summarize(results, cfg, spec, out)
+    if world > 1:                                                      # without gloo's destructor, which can deadlock
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def summarize(results: list, cfg: Config, spec: dict, out: Path):
+    """Prints success per task with its 95% interval and writes OUT/results.json."""
     table = {}
     for t in [*cfg.tasks, "all"]:
         mine = [r for r in results if t in (r["task"], "all")]
@@ -355,8 +361,9 @@ def evaluate(cfg: Config):
         low, high = wilson(k, n)
         table[t] = dict(successes=k, episodes=n, rate=k / n, low=low, high=high)
         print(f"{t:24s} {k:4d}/{n:<4d} {k / n:.2f}  [{low:.2f}, {high:.2f}]")
-    report = dict(tasks=table, policy=str(folder), policy_manifest=spec, config=asdict(cfg),
-                  seeds=[seeds[0], seeds[-1]], episodes=sorted(results, key=lambda r: (r["task"], r["seed"])))
+    seeds = [r["seed"] for r in results]
+    report = dict(tasks=table, policy=cfg.policy, policy_manifest=spec, config=asdict(cfg), seeds=[min(seeds), max(seeds)],
+                  episodes=sorted(results, key=lambda r: (r["task"], r["seed"])))
     write_json(out / "results.json", report)
     print(f"results and videos: {out}")
 
