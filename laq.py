@@ -766,12 +766,13 @@ def weighted_flow(flow: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def collect(model: LAQ, control: LAQ, cfg: Config, loader, device, batches: int, decode: bool = True) -> dict:
+def collect(model: LAQ, control: LAQ, cfg: Config, loader, device, decode: bool = True, keep: bool = False) -> dict:
     """What metrics and pictures need of a loader's first batches: arrays over N samples. "mse" (N, 4): of the prediction,
-    with another sample's codes, with the tokens' codes in reverse, and of frame t; "ssim" (N, 2): prediction, frame t."""
+    with another sample's codes, with the tokens' codes in reverse, and of frame t; "ssim" (N, 2): prediction, frame t;
+    "frames" with `keep`."""
     out, motion = {}, loader.motion_dims
     model.eval()
-    for batch in loader.first(batches):
+    for batch in loader.first(cfg.eval_batches):
         frames = data_oxe.to_device(batch, device, cfg.image_size)["frames"]
         codes, q = model.encode(frames)
         a, b = model.to_float(frames).unbind(1)
@@ -782,6 +783,8 @@ def collect(model: LAQ, control: LAQ, cfg: Config, loader, device, batches: int,
             row |= dict(still=model.encode(torch.stack([frames[:, 0]] * 2, 1))[0],
                         mse=torch.stack([(x - b).square().mean((1, 2, 3)) for x in pictures], 1),
                         ssim=torch.stack([ssim(x + 0.5, b + 0.5) for x in (pictures[0], a)], 1))
+        if keep:
+            row["frames"] = frames
         flow = optical_flow(frames.cpu().numpy())
         row = {**{k: v.cpu().numpy() for k, v in row.items()}, "mean_flow": flow.mean((2, 3)), "flow": weighted_flow(flow),
                "instruction": np.array(batch["instruction"], object), "motion": batch["action_sum"][:, motion],
@@ -834,8 +837,8 @@ def metrics_of(fit: dict, val: dict, cfg: Config) -> dict:
 
 def evaluate(model: LAQ, control: LAQ, cfg: Config, val_loader, probe_loader, device) -> dict:
     """Metrics on held-out episodes, mean over datasets and, if several, of each as NAME/metric."""
-    fit = collect(model, control, cfg, probe_loader, device, cfg.eval_batches, decode=False)
-    val = collect(model, control, cfg, val_loader, device, cfg.eval_batches)
+    fit = collect(model, control, cfg, probe_loader, device, decode=False)
+    val = collect(model, control, cfg, val_loader, device)
     each = {}
     for i, name in enumerate(val_loader.names):
         rows = [{k: v[x["dataset"] == i] for k, v in x.items()} for x in (fit, val)]
@@ -940,9 +943,9 @@ def analyze(cfg: Config):
     model.load_state_dict({**model.state_dict(), **weights})                    # all but the heads that only training needs
     seed_codebooks([control], cfg, fit_loader, device)
     print(f"reading and labelling {2 * cfg.eval_batches * 64} pairs ...")
-    fit = collect(model, control, cfg, fit_loader, device, cfg.eval_batches, decode=False)
-    val = collect(model, control, cfg, val_loader, device, cfg.eval_batches)
-    frames = torch.cat([data_oxe.to_device(b, device, cfg.image_size)["frames"] for b in val_loader.first(cfg.eval_batches)])
+    fit = collect(model, control, cfg, fit_loader, device, decode=False)
+    val = collect(model, control, cfg, val_loader, device, keep=True)
+    frames = torch.from_numpy(val.pop("frames")).to(device)
     names, rng, S, K = val_loader.names, np.random.default_rng(state["step"]), cfg.tokens, cfg.codes
     of = [np.flatnonzero(val["dataset"] == i) for i in range(len(names))]
     pick = lambda x, rows: {k: v[rows] for k, v in x.items()}
