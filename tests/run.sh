@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source sbatch/env.sh
-exec python -m pytest tests -q --durations=8 "$@"
+export OMP_NUM_THREADS=1                                    # two test files run side by side
+exec python -m pytest tests -q -n 2 --dist loadfile --durations=8 "$@"
