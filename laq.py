@@ -403,12 +403,15 @@ class VQ(Quantizer):
 
 class FSQ(Quantizer):
     """Each token is projected to a few dimensions that are bounded and rounded to fixed levels (arXiv 2309.15505); all
-    combinations of levels are the K codes. There is nothing to re-seed."""
+    combinations of levels are the K codes. Projections are standardized by their running mean and deviation, so that all
+    levels stay in use wherever the encoder's outputs lie: there is nothing to re-seed."""
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)
         self.down = nn.Parameter(torch.randn(cfg.tokens, cfg.code_dim, len(cfg.levels)))
         self.up = nn.Parameter(torch.randn(cfg.tokens, len(cfg.levels), cfg.code_dim))
+        self.register_buffer("center", torch.zeros(cfg.tokens, len(cfg.levels)))
+        self.register_buffer("deviation", torch.ones(cfg.tokens, len(cfg.levels)))
         grids = torch.meshgrid(*[torch.linspace(-1, 1, n) for n in cfg.levels], indexing="ij")
         self.register_buffer("levels", torch.tensor(cfg.levels) - 1.0)
         self.register_buffer("grid", torch.stack(grids, -1).flatten(0, -2))     # (K, levels)
@@ -419,7 +422,7 @@ class FSQ(Quantizer):
 
     def levels_of(self, z):
         """-> bounded (B, S, levels) in -1..1, and the index of the nearest level."""
-        y = torch.tanh(torch.einsum("bsd,sdl->bsl", z, self.down) / z.shape[-1] ** 0.5)     # so that no step saturates it
+        y = torch.tanh((torch.einsum("bsd,sdl->bsl", z, self.down) - self.center) / self.deviation)
         return y, ((y + 1) / 2 * self.levels).round()
 
     def codes(self, z):
@@ -429,6 +432,20 @@ class FSQ(Quantizer):
         y, index = self.levels_of(z)
         y = y + (index / self.levels * 2 - 1 - y).detach()
         return torch.einsum("bsl,sld->bsd", y, self.up), (index.long() * self.places).sum(-1), z.new_zeros(())
+
+    @torch.no_grad()
+    def observe(self, z, codes, rate: float = 0.05):
+        super().observe(z, codes)
+        x = torch.einsum("bsd,sdl->bsl", z, self.down)
+        self.center.lerp_(mean_of_ranks(x.mean(0)), rate)
+        variance = mean_of_ranks((x - self.center).square().mean(0))
+        self.deviation.copy_(self.deviation.square().lerp(variance, rate).sqrt().clamp(min=1e-4))
+
+    @torch.no_grad()
+    def reseed(self, z, everything: bool = False) -> int:
+        if everything:
+            self.observe(z, self.codes(z), 1.0)
+        return 0
 
 
 # ---------------------------------------------------------------------------------------------- model

@@ -181,13 +181,20 @@ def test_a_batch_can_be_overfitted(data, stages):
     batch = next(iter(data_oxe.Loader(str(data), "metaworld_corner4", "train", 8, 64, chunk=8)))
     frames = torch.from_numpy(batch["frames"])
     torch.manual_seed(0)
-    for quantizer in ({}, {"quantizer": "vq", "arch": "cnn"}, {"quantizer": "fsq"},
+    for quantizer in ({}, {"quantizer": "vq", "arch": "cnn"}, {"quantizer": "fsq", "arch": "cnn"},
                       {"quantizer": "vq", "ema": 0.9, "shared_codebook": True}):
         model, flow = laq_model(**quantizer), torch.from_numpy(laq.optical_flow(batch["frames"]))
         model.quantizer.reseed(model.features(frames), everything=True)
         before = model(frames, flow, 1.0)[1]["pixel"]
-        overfit(model, lambda: model(frames, flow, 1.0)[0], 50)
-        model.quantizer.observe(*model(frames, flow, 1.0)[2:])
+
+        seen = []
+
+        def step():                                             # the loop of laq.py observes after each step
+            if seen:
+                model.quantizer.observe(*seen)
+            loss, _, *seen[:] = model(frames, flow, 1.0)
+            return loss
+        overfit(model, step, 50)
         codes, vectors = model.encode(frames)
         assert model(frames, flow, 1.0)[1]["pixel"] < 0.7 * before, quantizer
         assert torch.allclose(vectors, model.quantizer.lookup(codes), atol=1e-6)
