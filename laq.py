@@ -420,9 +420,12 @@ class FSQ(Quantizer):
     def codebook(self):
         return torch.einsum("kl,sld->skd", self.grid, self.up)                  # (S, K, D)
 
+    def project(self, z):
+        return torch.einsum("bsd,sdl->bsl", z, self.down)
+
     def levels_of(self, z):
         """-> bounded (B, S, levels) in -1..1, and the index of the nearest level."""
-        y = torch.tanh((torch.einsum("bsd,sdl->bsl", z, self.down) - self.center) / self.deviation)
+        y = torch.tanh((self.project(z) - self.center) / self.deviation)
         return y, ((y + 1) / 2 * self.levels).round()
 
     def codes(self, z):
@@ -436,7 +439,7 @@ class FSQ(Quantizer):
     @torch.no_grad()
     def observe(self, z, codes, rate: float = 0.05):
         super().observe(z, codes)
-        x = torch.einsum("bsd,sdl->bsl", z, self.down)
+        x = self.project(z)
         self.center.lerp_(mean_of_ranks(x.mean(0)), rate)
         variance = mean_of_ranks((x - self.center).square().mean(0))
         self.deviation.copy_(self.deviation.square().lerp(variance, rate).sqrt().clamp(min=1e-4))

@@ -154,7 +154,7 @@ def test_processes_and_micro_batches_do_not_change_training(same_episodes, data,
             *TINY]                                                                      # nsvq draws noise for each rank
     same = ["--data", same_episodes, "--val-fraction", 0.25]
     run("laq.py", *args, *same, "--out", tmp_path / "one")
-    run("laq.py", *args, *same, "--out", tmp_path / "two", processes=2)
+    run("laq.py", *args, *same, "--out", tmp_path / "two", "--micro-batch", 2, processes=2)
     run("laq.py", *args, "--data", data, "--out", tmp_path / "whole")
     run("laq.py", *args, "--data", data, "--out", tmp_path / "pieces", "--micro-batch", 2)
     for a, b in (("one", "two"), ("whole", "pieces")):
@@ -185,9 +185,7 @@ def test_a_batch_can_be_overfitted(data, stages):
                       {"quantizer": "vq", "ema": 0.9, "shared_codebook": True}):
         model, flow = laq_model(**quantizer), torch.from_numpy(laq.optical_flow(batch["frames"]))
         model.quantizer.reseed(model.features(frames), everything=True)
-        before = model(frames, flow, 1.0)[1]["pixel"]
-
-        seen = []
+        before, seen = model(frames, flow, 1.0)[1]["pixel"], []
 
         def step():                                             # the loop of laq.py observes after each step
             if seen:
