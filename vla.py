@@ -1,44 +1,57 @@
-"""Stage 2: latent pretraining. A SmolVLM2 trunk learns to predict the latent action from frame t and the instruction.
+"""Stage 2: latent pretraining. A SmolVLM2 trunk learns to predict the latent action from frame t
+and the instruction.
 
-    python vla.py --laq-ckpt runs/laq/laq.pt2 --trunk tiny                               # CPU, nothing downloaded
-    torchrun --nproc_per_node=4 vla.py --laq-ckpt runs/laq/laq.pt2 \\
-        --trunk HuggingFaceTB/SmolVLM2-500M-Video-Instruct --dtype bfloat16 --batch-size 256 --lr 1e-4
-    sbatch sbatch/vla.sh                                                                 # Slurm
-    python vla.py --resume runs/vla/last.pt ...                                          # --export-only: just stage2/
+    python vla.py --laq-ckpt runs/laq/laq.pt2 --trunk tiny              # CPU, nothing downloaded
+    torchrun --nproc_per_node=4 vla.py --laq-ckpt runs/laq/laq.pt2 --batch-size 256 \\
+        --trunk HuggingFaceTB/SmolVLM2-500M-Video-Instruct --dtype bfloat16
+    sbatch sbatch/vla.sh                                                # Slurm
+    python vla.py --resume runs/vla/last.pt                             # go on, or --export-only
 
-In: RLDS episodes through data_oxe.py (no actions), and laq.pt2, which labels every batch as it comes.
-Out, in OUT: stage2/ (trunk/ and tokenizer/ as transformers saves them, heads.safetensors, manifest.json
-`smolvla_shared.v1`), last.pt, metrics.jsonl.
+In: RLDS episodes through data_oxe.py (no actions), and laq.pt2, which labels each batch it sees.
+Out, in OUT: stage2/ (trunk/ and tokenizer/ as transformers saves them, heads.safetensors,
+manifest.json `smolvla_shared.v1`), last.pt, metrics.jsonl.
 
-The head is a flow-matching model of the latent vectors given one readout token of the trunk (SmolVLA,
-arXiv 2506.01844; LAPA, 2410.11758). `accuracy` is that of the codes nearest to the expected latent, on held-out episodes,
-beside always answering with the most frequent code.
+The head is a flow-matching model of the latent vectors given one readout token of the trunk
+(SmolVLA, arXiv 2506.01844; LAPA, 2410.11758). `accuracy` is that of the codes nearest to the
+expected latent, on held-out episodes, beside always answering with the most frequent code.
 
-Letters: B batch, L text tokens, P image tokens, S latent tokens, K codes, D code width, W trunk width, N flow width.
+Letters: B batch, L text tokens, P image tokens, S latent tokens, K codes, D code width,
+R whitened width, W trunk width, N flow width.
 """
 import base64
+import contextlib
+import io
 import json
 import math
 import os
 import pickle
+import re
+import secrets
 import shutil
 import signal
 import sys
 import time
-import zipfile
+import traceback
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from safetensors import SafetensorError
 from safetensors.torch import load as safetensors_load, save_file
 from torch import nn
+from torch.export.passes import move_to_device_pass
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import AutoTokenizer, ByT5Tokenizer, SmolVLMConfig, SmolVLMModel, logging as transformers_logging
+from transformers import AutoTokenizer, ByT5Tokenizer, SmolVLMConfig, SmolVLMModel
+from transformers import logging as transformers_logging
 
 import data_oxe
 
@@ -46,174 +59,180 @@ transformers_logging.disable_progress_bar()
 
 
 @dataclass
-class Config:
-    laq_ckpt: str = "runs/laq/laq.pt2"
-    """Labeller that laq.py exported."""
-    out: str = "runs/vla"
-    """Folder for checkpoints, metrics, pictures and hand-over files."""
-    data: str = "data"
-    """Folder or gs:// bucket with NAME/VERSION datasets."""
-    mix: str = "metaworld_corner4"
-    """Datasets or mixes with weights, 'a:0.3,b:0.7' or 'oxe29'; `python data_oxe.py list` shows the names."""
-    val_fraction: float = 0.1
-    """Share of episodes held out for validation."""
-    weights: str = "given"
-    """Shares of the mix: as 'given' in it, 'equal', or 'proportionate' to the datasets' frames."""
-    holdout: str = ""
-    """'KEY~REGEX': validate on the episodes whose feature KEY (or 'instruction') matches, instead of --val-fraction."""
-    pairs_per_episode: int = 8
-    """Samples drawn from an episode each time it is read; 0: all."""
-    shuffle_mb: float = 256.0
-    """Encoded pictures held for shuffling; more of them mix more episodes."""
-    resize: str = "cpu"
-    """Where pictures are resized: 'cpu', or 'gpu' where the CPU cannot keep up."""
-    max_bad: float = 0.001
-    """Share of bad episodes (unreadable, too short, not finite ...) to skip with a warning before stopping."""
-    trunk: str = "tiny"
-    """'tiny' (random, byte tokenizer, 64 px), or a SmolVLM2 name or folder whose weights are loaded."""
-    text_layers: int = 16
-    """Layers of the language model that are kept, as in SmolVLA; 'tiny' has fewer."""
-    text_len: int = 32
-    """Instruction tokens; shorter ones are padded, longer ones cut."""
-    head_width: int = 256
-    """Width of the flow-matching head."""
-    head_depth: int = 2
-    """Residual blocks of the flow-matching head."""
-    flow_samples: int = 8
-    """Noise levels a sample: the head is cheap beside the trunk, so each readout trains it several times."""
-    shift: int = 0
-    """Random shift of training images in pixels; hurts a policy where camera and robot are bolted down."""
-    steps: int = 1000
-    """Optimizer steps; 0 exports the untrained model, as a control."""
-    batch_size: int = 32
-    """Samples a step over all processes."""
-    micro_batch: int = 0
-    """Samples a forward pass on one process, for gradient accumulation; 0: all at once."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    min_lr: float = 1e-4
-    """Learning rate at the end of the cosine."""
-    warmup_steps: int = 50
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.01
-    """AdamW weight decay of matrices."""
-    grad_clip: float = 1.0
-    """Maximum gradient norm."""
-    dtype: str = "float32"
-    """float32, or bfloat16 autocast."""
-    compile: bool = False
-    """torch.compile the training step."""
-    eval_every: int = 250
-    """Steps between validations."""
-    eval_batches: int = 16
-    """Batches of a validation."""
-    save_every: int = 250
-    """Steps between checkpoints."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    seed: int = 0
-    """Seed of initialization, data order and augmentation."""
-    wandb: bool = False
-    """Also log to Weights & Biases (WANDB_MODE=offline works)."""
-    resume: str = ""
-    """Checkpoint last.pt to continue from."""
-    export_only: bool = False
-    """With --resume: write the hand-over again and stop."""
+class Config(data_oxe.DataConfig):
+    out: str = "runs/vla"                   # checkpoints, metrics, hand-over files
+    overwrite: bool = False                 # start anew in an OUT that holds a run
+
+    # model
+    laq_ckpt: str = "runs/laq/laq.pt2"      # labeller that laq.py exported
+    trunk: str = "tiny"                     # 'tiny' (random, 64 px), or a SmolVLM2 name or folder
+    text_layers: int = 16                   # of the language model that are kept, as in SmolVLA
+    text_len: int = 32                      # instruction tokens; longer ones are cut
+    head_width: int = 256                   # of the flow-matching head
+    head_depth: int = 2                     # residual blocks of the flow-matching head
+
+    # optimization
+    steps: int = 1000                       # optimizer steps; 0 exports the untrained model
+    batch_size: int = 32                    # samples a step over all processes
+    micro_batch: int = 0                    # samples a forward pass (gradients add up); 0: all
+    lr: float | None = None                 # peak learning rate; None: by the model's size
+    final_lr: float = 0.1                   # at the end of the cosine, as a share of the peak
+    warmup_steps: int | None = None         # of linear warm-up; None: by the model's size
+    weight_decay: float = 0.01              # AdamW's, of matrices
+    grad_clip: float = 1.0                  # maximum gradient norm
+    dtype: Literal["float32", "bfloat16"] = "float32"   # bfloat16: autocast
+    compile: bool = False                   # torch.compile the training step
+
+    # run
+    eval_every: int = 250                   # steps between validations
+    eval_batches: int = 16                  # batches of 64 in a validation
+    save_every: int = 250                   # steps between checkpoints
+    log_every: int = 10                     # steps between lines of metrics.jsonl
+    seed: int = 0                           # of initialization, data order and augmentation
+    wandb: bool = False                     # also log to Weights & Biases
+    resume: str = ""                        # checkpoint last.pt to continue from, in its folder
+    export_only: bool = False               # with --resume: write the hand-over again and stop
 
 
-# ---------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------ model and loss
+class LatentPolicy(nn.Module):
+    """Trunk and latent head.
+
+    forward(batch of to_inputs) -> losses by name; predict(batch, noise) -> codes int64 (B, S)
+    """
+
+    def __init__(self, cfg: Config, trunk: "Trunk", codebook: torch.Tensor):
+        super().__init__()
+        self.cfg, self.trunk = cfg, trunk
+        self.register_buffer("codebook", codebook)                      # (S, K, D)
+        self.register_buffer("latents", whiten(codebook))               # (S, K, R)
+        self.S, _, self.R = self.latents.shape
+        self.head = FlowHead(self.S * self.R, trunk.width, cfg.head_width, cfg.head_depth, steps=1)
+
+    def forward(self, batch: dict) -> dict:
+        token = torch.arange(self.S, device=self.latents.device)
+        latent = self.latents[token, batch["codes"]].flatten(1)         # (B, S*R)
+        readout = self.trunk(batch["images"], batch["ids"], batch["mask"])          # (B, W)
+        return {"flow": self.head.loss(latent, readout, torch.ones_like(latent))}
+
+    def predict(self, batch: dict, noise):
+        """Codes nearest to the expected latent, which is one Euler step away from the noise
+        (B, S*R)."""
+        readout = self.trunk(batch["images"], batch["ids"], batch["mask"])          # (B, W)
+        latent = self.head.sample(readout, noise).view(-1, self.S, 1, self.R)
+        return (latent - self.latents).square().sum(-1).argmin(-1)      # (B, S)
+
+
+def whiten(codebook: torch.Tensor) -> torch.Tensor:
+    """(S, K, D) -> (S, K, R), R = min(K - 1, D): each token's codes in coordinates of zero mean and
+    unit covariance.
+
+    A regression onto raw vectors is dominated by few directions, and the mean of several codes lies
+    nearest to whichever code is short; here distinct codes are about equally far apart.
+    """
+    K, D = codebook.shape[1:]
+    centered = codebook - codebook.mean(1, keepdim=True)
+    u, s, _ = torch.linalg.svd(centered, full_matrices=False)
+    u = u * (s > 1e-4 * s[:, :1])[:, None]                  # equal codes: directions of no meaning
+    return u[..., :min(K - 1, D)] * K ** 0.5
+
+
 class Trunk(nn.Module):
     """SmolVLM without its language-model output: images, instruction -> one readout vector.
 
-    images uint8 (B, H, W, 3), ids int64 (B, L), mask int64 (B, L) -> (B, W). The vision tower, the connector and the
-    language model are called one by one: the usual forward drops all-black images as padding.
+    images uint8 (B, H, W, 3), ids int64 (B, L), mask int64 (B, L) -> (B, W). The vision tower, the
+    connector and the language model are called one by one: the usual forward drops all-black
+    images as padding.
     """
 
     def __init__(self, vlm: SmolVLMModel):
         super().__init__()
         self.vlm = vlm
-        self.width, self.image_size = vlm.config.text_config.hidden_size, vlm.config.vision_config.image_size
-        self.readout = nn.Parameter(0.02 * torch.randn(self.width))     # an extra last token that sees all others
+        self.width = vlm.config.text_config.hidden_size
+        self.image_size = vlm.config.vision_config.image_size
+        readout = 0.02 * torch.randn(self.width)
+        self.readout = nn.Parameter(readout)                # an extra last token sees the others
 
     def forward(self, images, ids, mask):
-        B = images.shape[0]                                             # len() would fix the batch size in an export
-        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1                                  # (B, 3, H, W)
-        image = self.vlm.connector(self.vlm.vision_model(pixel_values=x).last_hidden_state)  # (B, P, W)
-        text = self.vlm.text_model.get_input_embeddings()(ids)                              # (B, L, W)
-        tokens = torch.cat([image, text, self.readout.expand(B, 1, -1).to(text.dtype)], 1)
+        B, text_model = images.shape[0], self.vlm.text_model    # len() would fix B in an export
+        image = self.vlm.connector(self.see(images))                                # (B, P, W)
+        text = text_model.get_input_embeddings()(ids)                               # (B, L, W)
+        readout = self.readout.expand(B, 1, -1).to(text.dtype)
+        tokens = torch.cat([image, text, readout], 1)                               # (B, N, W)
         seen = torch.cat([mask.new_ones(B, image.shape[1]), mask, mask.new_ones(B, 1)], 1)
-        h = self.vlm.text_model(inputs_embeds=tokens, attention_mask=seen, use_cache=False).last_hidden_state
-        return h[:, -1].float()                                                             # (B, W)
+        n = tokens.shape[1]
+        causal = torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()
+        seen = causal & seen.bool()[:, None, None]          # (B, 1, N, N): not asked for on the CPU
+        hidden = text_model(inputs_embeds=tokens, attention_mask=seen, use_cache=False)
+        return hidden.last_hidden_state[:, -1].float()                              # (B, W)
+
+    def see(self, images):
+        """Features of all patches, (B, patches, vision width). The vision tower's own forward asks
+        the GPU whether a mask of ones is one."""
+        tower = self.vlm.vision_model
+        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1                          # (B, 3, H, W)
+        side = self.image_size // tower.patch_size
+        everywhere = torch.ones(x.shape[0], side, side, dtype=torch.bool, device=x.device)
+        x = tower.embeddings(pixel_values=x, patch_attention_mask=everywhere)
+        return tower.post_layernorm(tower.encoder(inputs_embeds=x).last_hidden_state)
 
 
 class FlowHead(nn.Module):
-    """Flow matching (Lipman et al., 2210.02747) of a flat vector given a condition, with SmolVLA's conventions:
-    x_t = t noise + (1 - t) x, the network predicts noise - x, sampling goes from t = 1 to 0 in Euler steps.
+    """Flow matching (Lipman et al., 2210.02747) of a flat vector given a condition, with SmolVLA's
+    conventions: x_t = t noise + (1 - t) x, the network predicts noise - x, sampling goes from t = 1
+    to 0 in Euler steps.
 
-    loss(x (B, N), cond (B, W), weight (B, N)) -> scalar; sample(cond, noise (B, N), steps) -> (B, N)
+    loss(x (B, N), cond (B, W), weight (B, N)) -> scalar; sample(cond, noise (B, N)) -> (B, N)
     """
 
-    def __init__(self, n: int, cond: int, width: int, depth: int):
+    draws = 8               # noise levels a sample: the head is cheap beside the trunk
+
+    def __init__(self, n: int, cond: int, width: int, depth: int, steps: int):
         super().__init__()
+        self.steps = steps                                                  # Euler steps
         period = 4e-3 * (4 / 4e-3) ** torch.linspace(0, 1, 32)
         self.register_buffer("frequency", 2 * math.pi / period, persistent=False)
-        self.input, self.time, self.cond = nn.Linear(n, width), nn.Linear(64, width), nn.Linear(cond, width)
+        self.input = nn.Linear(n, width)
+        self.time = nn.Linear(64, width)
+        self.cond = nn.Linear(cond, width)
         self.mod = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(depth))
-        self.mlp = nn.ModuleList(nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
-                                 for _ in range(depth))
+        self.mlp = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+            for _ in range(depth))
         self.output = nn.Linear(width, n)
-        for layer in [*self.mod, self.output]:                          # blocks start as identity, output as zero
+        for layer in [*self.mod, self.output]:              # blocks start as identity, output 0
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x, t, cond):
         """Velocity (B, N) at x (B, N), t (B,)."""
-        angle = t[:, None] * self.frequency                                                 # (B, 32)
-        c = F.silu(self.cond(cond) + self.time(torch.cat([angle.sin(), angle.cos()], 1)))   # (B, width)
+        angle = t[:, None] * self.frequency                                         # (B, 32)
+        time = self.time(torch.cat([angle.sin(), angle.cos()], 1))                  # (B, width)
+        c = F.silu(self.cond(cond) + time)
         h = self.input(x) + c
         for mod, mlp in zip(self.mod, self.mlp):
             scale, bias, gate = mod(c).chunk(3, 1)
             h = h + gate * mlp(F.layer_norm(h, h.shape[-1:]) * (1 + scale) + bias)
         return self.output(F.layer_norm(h, h.shape[-1:]))
 
-    def loss(self, x, cond, weight, samples: int):
-        """Mean squared velocity error over `samples` noise levels each. t ~ Beta(1.5, 1) as in SmolVLA, then shifted
-        towards noise (SD3, 2403.03206): in many dimensions x_t gives x away unless t is close to 1."""
-        x, cond, weight = (a.repeat(samples, *[1] * (a.ndim - 1)) for a in (x, cond, weight))
-        t = torch.rand(len(x), device=x.device) ** (1 / 1.5) * 0.999 + 0.001                # Beta(1.5, 1) by inversion
+    def loss(self, x, cond, weight):
+        """Mean squared velocity error. t ~ Beta(1.5, 1) as in SmolVLA, then shifted towards noise
+        (SD3, 2403.03206): in many dimensions x_t gives x away unless t is close to 1."""
+        x, cond, weight = (a.repeat(self.draws, 1) for a in (x, cond, weight))
+        t = torch.rand(len(x), device=x.device) ** (1 / 1.5) * 0.999 + 0.001        # by inversion
         t = 4 * t / (1 + 3 * t)
         noise = torch.randn_like(x)
-        v = self(t[:, None] * noise + (1 - t[:, None]) * x, t, cond)
-        error = ((v - (noise - x)).square() * weight).sum(1) / weight.sum(1).clamp(min=1)
-        return error.mean()                             # of samples: the same whatever the split into processes
+        velocity = self(t[:, None] * noise + (1 - t[:, None]) * x, t, cond)
+        error = (velocity - (noise - x)).square() * weight
+        error = error.sum(1) / weight.sum(1).clamp(min=1)
+        return error.mean()                     # of samples: alike however processes divide them
 
-    def sample(self, cond, noise, steps: int):
+    def sample(self, cond, noise):
         x = noise
-        for i in range(steps):
-            t = torch.full_like(x[:, 0], 1 - i / steps)
-            x = x - self(x, t, cond) / steps
+        for i in range(self.steps):
+            t = torch.full_like(x[:, 0], 1 - i / self.steps)
+            x = x - self(x, t, cond) / self.steps
         return x
-
-
-def load_trunk(name: str, text_layers: int, tokenizer: str = "") -> tuple[Trunk, object]:
-    """'tiny' built from a config, or pretrained weights by name or folder; absent weights are an error, never random."""
-    if name == "tiny":
-        size = dict(hidden_size=96, intermediate_size=288, num_hidden_layers=2, num_attention_heads=4)
-        config = SmolVLMConfig(vision_config=dict(image_size=64, patch_size=8, **size), scale_factor=2, image_token_id=383,
-                               text_config=dict(model_type="llama", vocab_size=384, num_key_value_heads=4, pad_token_id=0,
-                                                bos_token_id=1, eos_token_id=1, **size))
-        return Trunk(SmolVLMModel(config)), ByT5Tokenizer()
-    try:
-        words = AutoTokenizer.from_pretrained(tokenizer or name)
-        vlm, info = SmolVLMModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError) as e:
-        fail(f"no pretrained SmolVLM2 at '{name}' ({str(e).splitlines()[0]}); give a Hugging Face name that this machine "
-             f"can reach, a folder with config, weights and tokenizer, or 'tiny'")
-    if info["missing_keys"]:
-        fail(f"weights of '{name}' lack {len(info['missing_keys'])} tensors, first {sorted(info['missing_keys'])[0]}")
-    vlm.text_model.layers = vlm.text_model.layers[:text_layers]
-    vlm.config.text_config.num_hidden_layers = len(vlm.text_model.layers)
-    return Trunk(vlm), words
 
 
 class Tokens:
@@ -221,259 +240,334 @@ class Tokens:
 
     def __init__(self, tokenizer, length: int):
         self.tokenizer, self.length, self.cache = tokenizer, length, {}
-        tokenizer.padding_side = "right"                # kept by save_pretrained, so that a robot pads alike
+        tokenizer.padding_side = "right"                    # kept by save_pretrained, for the robot
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
     def __call__(self, texts: list[str], device):
-        for s in set(texts) - self.cache.keys():
-            x = self.tokenizer(s, padding="max_length", max_length=self.length, truncation=True)
-            self.cache[s] = (x["input_ids"], x["attention_mask"])
-        ids, mask = zip(*(self.cache[s] for s in texts))
+        for text in set(texts) - self.cache.keys():
+            self.cache[text] = self.tokenize(text)
+        ids, mask = zip(*(self.cache[text] for text in texts))
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
+    def tokenize(self, text: str) -> tuple[list, list]:
+        whole = self.tokenizer(text)["input_ids"]
+        if len(whole) > self.length:
+            print(f"--text-len {self.length} cuts the {len(whole)} tokens of '{text}'",
+                  file=sys.stderr)
+        x = self.tokenizer(text, padding="max_length", max_length=self.length, truncation=True)
+        return x["input_ids"], x["attention_mask"]
 
-# end of the model
-def whiten(codebook: torch.Tensor) -> torch.Tensor:
-    """(S, K, D) -> (S, K, R), R = min(K - 1, D): each token's codes in coordinates of zero mean and unit covariance.
 
-    A regression onto raw vectors is dominated by few directions, and the mean of several codes lies nearest to
-    whichever code is short; here distinct codes are about equally far apart.
+# ------------------------------------------------------------ evaluation
+@torch.no_grad()
+def to_inputs(batch: dict, labeller, trunk: Trunk, tokens, device) -> dict:
+    """The loader's batch on the device -> images, ids, mask and the labeller's codes (B, S)."""
+    frames = batch["frames"]                                            # (B, 2, H, H, 3)
+    ids, mask = tokens(batch["instruction"], device)
+    return {"images": data_oxe.resize_to(frames[:, 0], trunk.image_size), "ids": ids, "mask": mask,
+            "codes": labeller(frames)}
+
+
+@torch.no_grad()
+def evaluate(model: LatentPolicy, cfg: Config, loader, labeller, tokens, device) -> dict:
+    """On held-out episodes: flow loss, accuracy of the nearest codes, and that of the most frequent
+    code."""
+    model.eval()
+    losses, predicted, truth = [], [], []
+    for i, batch in enumerate(loader.peek(cfg.eval_batches)):
+        torch.manual_seed(i)
+        batch = data_oxe.to_device(batch, device, loader.image_size)
+        inputs = to_inputs(batch, labeller, model.trunk, tokens, device)
+        losses.append(model(inputs)["flow"].item())
+        noise = torch.randn(len(inputs["ids"]), model.S * model.R,
+                            generator=torch.Generator().manual_seed(0))
+        predicted.append(model.predict(inputs, noise.to(device)).cpu().numpy())
+        truth.append(inputs["codes"].cpu().numpy())
+    model.train()
+    predicted, truth = np.concatenate(predicted), np.concatenate(truth)             # (N, S)
+    right = predicted == truth
+    majority = [np.bincount(codes).max() / len(codes) for codes in truth.T]         # knows counts
+    return {"loss": np.mean(losses), "accuracy": right.mean(),
+            "accuracy_majority": np.mean(majority), "accuracy_all_tokens": right.all(1).mean()}
+
+
+def describe(m: dict) -> str:
+    return (f"nearest-code accuracy {m['accuracy']:.3f} "
+            f"(majority code {m['accuracy_majority']:.3f}), "
+            f"all tokens {m['accuracy_all_tokens']:.3f} | flow loss {m['loss']:.3f}")
+
+
+# ------------------------------------------------------------ main
+def main(cfg: Config) -> int:
+    check(cfg)
+    rank, world, device = setup(cfg)
+    local = cfg.batch_size // world                                     # samples a process
+    micro = cfg.micro_batch or local                                    # samples a forward pass
+    labeller = load_labeller(cfg.laq_ckpt, device)
+    trunk, tokenizer = load_trunk(cfg.trunk, cfg.text_layers)
+    tokens = Tokens(tokenizer, cfg.text_len)
+    load = partial(data_oxe.Loader, cfg, image_size=max(labeller.image_size, trunk.image_size),
+                   horizon_s=labeller.manifest["config"]["horizon_s"])
+    loader = load("train", local, seed=cfg.seed, rank=rank, world=world)
+    val_loader = load("val", 64, seed=1, shuffle_mb=8)
+    labeller.check(cfg, loader)
+
+    model = LatentPolicy(cfg, trunk, labeller.codebook).to(device)
+    optimizer = make_optimizer(cfg, model)
+    start = load_checkpoint(cfg, model, optimizer, loader, rank, world) if cfg.resume else 0
+    if not torch.equal(model.codebook.cpu(), labeller.codebook):
+        fail(f"--resume '{cfg.resume}' was trained on another labeller than '{cfg.laq_ckpt}': "
+             f"their codebooks differ")
+    if cfg.export_only:
+        if rank == 0:
+            export(model, cfg, start, tokenizer, labeller.manifest)
+        return 0
+    train = DDP(model, forward_sync_buffers=False) if world > 1 else model
+    train = torch.compile(train) if cfg.compile else train
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    flops = flops_a_sample(model, cfg, device)
+    log = Logger(cfg, rank, world, start, flops, device)
+    log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
+    stop_flag, batches = StopFlag(device), loader.to(device)
+
+    for step in range(start, cfg.steps + 1):                            # one more: evaluates, saves
+        stop, last = stop_flag(), step == cfg.steps
+        if not stop and (last or step % cfg.eval_every == 0):
+            metrics = evaluate(model, cfg, val_loader, labeller, tokens, device)
+            log.print(f"step {step}: {describe(metrics)}")
+            log.write(step, {f"val_{k}": v for k, v in metrics.items()})
+        if stop or last or (step > start and step % cfg.save_every == 0):
+            log.check_gradients()
+            save_checkpoint(cfg, step, model, optimizer, loader)
+        if stop or last:
+            break
+
+        log.start()
+        start_step(cfg, step, optimizer, rank, world)                   # learning rate, randomness
+        batch = next(batches)
+        log.got_batch()
+        means = {}
+        inputs = to_inputs(batch, labeller, trunk, tokens, device)
+        for piece, share, is_last in pieces(inputs, micro):
+            train.require_backward_grad_sync = is_last                  # DDP: average once a step
+            with amp:
+                parts = train(piece)
+            loss = sum(parts.values())
+            (loss * share).backward()
+            for name, part in {"loss": loss, **parts}.items():
+                means[name] = means.get(name, 0.0) + share * part.detach()
+        means["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log.step(step, means, batch)
+
+    if rank == 0 and not stop:
+        export(model, cfg, cfg.steps, tokenizer, labeller.manifest)
+        log.print(f"trunk and latent head: {cfg.out}/stage2")
+    return log.close(stop)
+
+
+# ------------------------------------------------------------ a reader may stop here
+def check(cfg: Config):
+    """Fills in what the trunk asks for: a large one wants a tenth of the rate, and patience."""
+    tiny = cfg.trunk == "tiny"
+    if cfg.lr is None:
+        cfg.lr = 1e-3 if tiny else 1e-4
+    if cfg.warmup_steps is None:
+        cfg.warmup_steps = 50 if tiny else 1000
+
+
+def flops_a_sample(model: LatentPolicy, cfg: Config, device) -> int:
+    """Of forward and backward, without the labeller's."""
+    side, words = model.trunk.image_size, (2, cfg.text_len)
+    with torch.device(device):
+        inputs = {"images": torch.zeros(2, side, side, 3, dtype=torch.uint8),
+                  "ids": torch.ones(words, dtype=torch.int64),
+                  "mask": torch.ones(words, dtype=torch.int64),
+                  "codes": torch.zeros(2, model.S, dtype=torch.int64)}
+    return flops_of(model, lambda: model(inputs)) // 2
+
+
+# ------------------------------------------------------------ hand-over files
+class Labeller:
+    """laq.pt2. labeller(frames uint8 (B, 2, H, H, 3)) -> codes int64 (B, S), in full float32.
+
+    image_size: what it was trained on; codebook (S, K, D); manifest.
     """
-    K, D = codebook.shape[1:]
-    u, s, _ = torch.linalg.svd(codebook - codebook.mean(1, keepdim=True), full_matrices=False)
-    u = u * (s > 1e-4 * s[:, :1])[:, None]              # equal codes leave directions without meaning
-    return u[..., :min(K - 1, D)] * K ** 0.5
+
+    def __init__(self, program, manifest: dict, codebook: torch.Tensor):
+        self.program, self.manifest, self.codebook = program, manifest, codebook
+        self.image_size = manifest["image_size"]
+
+    def __call__(self, frames):
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")                   # near codes differ little
+        codes, _ = self.program(data_oxe.resize_to(frames, self.image_size))
+        torch.set_float32_matmul_precision(precision)
+        return codes
+
+    def check(self, cfg: Config, loader):
+        """Exits where it labels other pairs than the loader gives; warns where validation may hold
+        what it was trained on."""
+        mine, its = loader.horizon, self.manifest["horizon"]
+        for name in mine.keys() & its.keys():
+            if mine[name] != its[name]:
+                fail(f"'{cfg.laq_ckpt}' labels pairs of '{name}' that are {its[name]} apart; the "
+                     f"registry now says {mine[name]}")
+        warn_of_holdout(cfg, self.manifest["config"], cfg.laq_ckpt)
 
 
-class LatentPolicy(nn.Module):
-    """Trunk and latent head. forward(images, ids, mask, codes (B, S)) -> flow-matching loss of the whitened latents."""
-
-    def __init__(self, cfg: Config, trunk: Trunk, codebook: torch.Tensor):
-        super().__init__()
-        self.cfg, self.trunk = cfg, trunk
-        self.register_buffer("latents", whiten(codebook))                                   # (S, K, R)
-        S, _, R = self.latents.shape
-        self.head = FlowHead(S * R, trunk.width, cfg.head_width, cfg.head_depth)
-
-    def forward(self, images, ids, mask, codes):
-        x = self.latents[torch.arange(codes.shape[1], device=codes.device), codes].flatten(1)  # (B, S*R)
-        return self.head.loss(x, self.trunk(images, ids, mask), torch.ones_like(x), self.cfg.flow_samples)
-
-    def predict(self, images, ids, mask):
-        """Codes (B, S) nearest to the expected latent: one Euler step from noise."""
-        S, _, R = self.latents.shape
-        noise = torch.randn(len(images), S * R, generator=torch.Generator().manual_seed(0)).to(self.latents)
-        x = self.head.sample(self.trunk(images, ids, mask), noise, 1).view(-1, S, 1, R)     # (B, S, 1, R)
-        return (x - self.latents).square().sum(-1).argmin(-1)                               # (B, S)
-
-
-def random_shift(frames: torch.Tensor, pixels: int) -> torch.Tensor:
-    """Shifts each sample of uint8 (B, ..., H, W, 3) by up to `pixels`, edges repeated (DrQ, arXiv 2004.13649)."""
-    if not pixels:
-        return frames
-    B, H, W = frames.shape[0], frames.shape[-3], frames.shape[-2]
-    dy, dx = torch.randint(-pixels, pixels + 1, (2, B, 1), device=frames.device)
-    rows = (torch.arange(H, device=frames.device) + dy).clamp(0, H - 1)         # (B, H)
-    cols = (torch.arange(W, device=frames.device) + dx).clamp(0, W - 1)         # (B, W)
-    flat = frames.reshape(B, -1, H, W, 3)
-    b = torch.arange(B, device=frames.device)[:, None, None]
-    return flat.transpose(1, 2).transpose(2, 3)[b, rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2, 4).reshape(frames.shape)
-
-
-# ---------------------------------------------------------------------------------------------- shared by the stages
-def fail(message: str):
-    """A user's error: one line, exit code 1, no traceback."""
-    raise SystemExit(f"{Path(sys.argv[0]).stem}: {message}")
-
-
-def setup(cfg) -> tuple[int, int, torch.device]:
-    """Joins torchrun's process group if there is one; checks what all stages share. -> rank, world size, device."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("batch_size", "eval_every", "eval_batches", "save_every", "log_every"):
-        if getattr(cfg, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
-    if cfg.batch_size % world:
-        fail(f"--batch-size {cfg.batch_size} is not divisible by the {world} processes; "
-             f"{cfg.batch_size // world * world or world} would be")
-    if cfg.micro_batch and cfg.batch_size // world % cfg.micro_batch:
-        fail(f"--micro-batch {cfg.micro_batch} does not divide the {cfg.batch_size // world} samples a process")
-    if cfg.dtype not in ("float32", "bfloat16"):
-        fail(f"--dtype '{cfg.dtype}' is neither float32 nor bfloat16")
-    if cfg.resume and not Path(cfg.resume).is_file():
-        fail(f"no checkpoint at --resume '{cfg.resume}'")
-    if cfg.export_only and not cfg.resume:
-        fail("--export-only needs --resume CHECKPOINT")
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.manual_seed(cfg.seed)
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    return rank, world, device
-
-
-def leave(code: int):
-    """Ends the process; under torchrun without destructors: gloo's joins threads that may wait for the GIL that it holds."""
-    if dist.is_initialized():
-        dist.barrier()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    raise SystemExit(code)
-
-
-def lr_at(cfg, step: int) -> float:
-    """Learning rate of a step: linear warm-up, then a cosine to min_lr."""
-    if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
-    progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
-    return cfg.min_lr + 0.5 * (cfg.lr - cfg.min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def make_optimizer(cfg, model: nn.Module, device: torch.device) -> torch.optim.AdamW:
-    """AdamW; only matrices decay."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-
-
-def save_checkpoint(cfg, step: int, model: nn.Module, optimizer, loader):
-    """OUT/last.pt, written under another name first; all ranks call it, as each has its own place in the data.
-    Randomness is a function of (seed, step): no RNG state is kept."""
-    data = [loader.state_dict()]
-    if dist.is_initialized():
-        data = data * dist.get_world_size()
-        dist.all_gather_object(data, loader.state_dict())
-        if dist.get_rank() > 0:
-            return
-    partial = Path(cfg.out) / ".last.pt.partial"
-    torch.save({"step": step, "config": asdict(cfg), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "data": data}, partial)
-    partial.rename(Path(cfg.out) / "last.pt")
-
-
-def load_checkpoint(cfg, model: nn.Module, optimizer, loader) -> int:
-    """Restores all of save_checkpoint. Exits, naming the fields, when the run would not be the same. -> step"""
-    try:
-        state = torch.load(cfg.resume, map_location="cpu", weights_only=True)
-        stored = state["config"]
-    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as e:
-        fail(f"--resume '{cfg.resume}' is not a checkpoint of this script ({type(e).__name__}); give OUT/last.pt")
-    free = {"out", "data", "max_bad", "resume", "export_only", "wandb", "eval_every", "save_every", "log_every", "compile"}
-    differ = [f"{f.name} was {stored.get(f.name)!r}, is {getattr(cfg, f.name)!r}" for f in fields(cfg)
-              if f.name not in free and stored.get(f.name) != getattr(cfg, f.name)]
-    if differ:
-        fail(f"--resume '{cfg.resume}' is of another run: {'; '.join(differ)}")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if len(state["data"]) != world and not cfg.export_only:
-        fail(f"--resume '{cfg.resume}' was saved by {len(state['data'])} processes, these are {world}: start as many")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if not cfg.export_only:
-        loader.load_state_dict(state["data"][rank])
-    return state["step"]
-
-
-class Logger:
-    """metrics.jsonl, Weights & Biases, progress bar; silent but on rank 0. Lines after a resumed step are dropped."""
-
-    def __init__(self, cfg, rank: int, start: int):
-        self.on, self.path, self.wandb = rank == 0, Path(cfg.out) / "metrics.jsonl", None
-        if not self.on:
-            return
-        kept = [x for x in self.path.read_text().splitlines() if json.loads(x)["step"] < start] \
-            if start and self.path.exists() else []
-        self.path.write_text("".join(x + "\n" for x in kept))
-        if cfg.wandb:
-            import wandb
-            self.wandb = wandb.init(project="nanolapa", name=Path(cfg.out).name, dir=cfg.out, config=asdict(cfg))
-        self.bar = tqdm(total=cfg.steps, initial=start, desc=Path(cfg.out).name, unit="step", mininterval=2)
-
-    def log(self, step: int, show: dict, **values):
-        """Writes `values` and shows `show` in the bar."""
-        if not self.on:
-            return
-        values = {k: float(v) for k, v in values.items()}
-        with self.path.open("a") as f:
-            f.write(json.dumps({"step": step, **values}) + "\n")
-        if self.wandb:
-            self.wandb.log(values, step=step)
-        self.bar.set_postfix({k: f"{float(v):.3g}" for k, v in show.items()}, refresh=False)
-
-    def print(self, text: str):
-        if self.on:
-            self.bar.write(text)
-
-    def close(self):
-        if self.on:
-            self.bar.close()
-            if self.wandb:
-                self.wandb.finish()
-
-
-class StopFlag:
-    """Ctrl-C and SIGTERM ask for a checkpoint at the next step, on all ranks at once; a second signal kills."""
-
-    def __init__(self):
-        self.received = self.signal = 0                 # by this process; agreed on by all of them
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self.catch)
-
-    def catch(self, number, frame):
-        if self.received:
-            raise SystemExit(128 + number)
-        self.received = number
-
-    def __call__(self, device) -> bool:
-        flag = torch.tensor(self.received, device=device)
-        if dist.is_initialized():
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        self.signal = int(flag)
-        return bool(self.signal)
-
-
-def step_seed(cfg, step: int, rank: int, world: int):
-    """All randomness of a step is a function of (seed, step, rank), so that a resumed run equals an unbroken one."""
-    torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
-
-
-# ---------------------------------------------------------------------------------------------- hand-over files
-def refuse_pickles(path: Path):
-    """A torch.export archive may carry pickled payloads, which run code when loaded: such a file is not opened."""
-    try:
-        with zipfile.ZipFile(path) as z:
-            names = [n for n in z.namelist() if n.endswith(("weights_config.json", "constants_config.json"))]
-            configs = [json.loads(z.read(n)) for n in names]
-    except (OSError, zipfile.BadZipFile) as e:
-        fail(f"'{path}' is not a torch.export archive ({e})")
-    if len(configs) != 2 or any(entry.get("use_pickle") for c in configs for entry in c["config"].values()):
-        fail(f"'{path}' holds pickled payloads or an unknown layout; export it again with this project's scripts")
-
-
-def load_labeller(path: str, device):
-    """laq.pt2 -> (program, manifest, codebook (S, K, D)); the stored probe frames must give the stored codes."""
+def load_labeller(path: str, device: torch.device) -> Labeller:
+    """Exits where the file does not fit its manifest, or the stored probe frames do not give the
+    stored codes."""
     if not Path(path).is_file():
         fail(f"no labeller at --laq-ckpt '{path}'; laq.py writes OUT/laq.pt2")
-    refuse_pickles(Path(path))
-    extra = {"manifest.json": "", "tensors.safetensors.b64": ""}
-    program = torch.export.load(path, extra_files=extra)
-    manifest = json.loads(extra["manifest.json"] or "{}")
-    if manifest.get("schema") != "laq.v1":
-        fail(f"'{path}': schema is {manifest.get('schema')!r}, expected 'laq.v1'")
-    tensors = safetensors_load(base64.b64decode(extra["tensors.safetensors.b64"]))
-    shape = tuple(manifest[k] for k in ("tokens", "codes", "code_dim"))
-    if tuple(tensors["codebook"].shape) != shape:
-        fail(f"'{path}': codebook is {tuple(tensors['codebook'].shape)}, its manifest says {shape}")
-    codes, _ = program.module()(tensors["probe_frames"])
-    if not torch.equal(codes, tensors["probe_codes"]):
-        fail(f"'{path}': the probe frames give codes {codes.tolist()}, expected {tensors['probe_codes'].tolist()}")
-    if device.type == "cuda":
-        program = torch.export.passes.move_to_device_pass(program, str(device))
-    return program.module(), manifest, tensors["codebook"]
+    program, extra = open_program(path)
+    try:
+        manifest = json.loads(extra["manifest.json"])
+        tensors = safetensors_load(base64.b64decode(extra["tensors.safetensors.b64"]))
+        if manifest["schema"] != "laq.v1":
+            fail(f"'{path}': schema is {manifest['schema']!r}, expected 'laq.v1'")
+        shape = tuple(manifest[k] for k in ("tokens", "codes", "code_dim"))
+        if tuple(tensors["codebook"].shape) != shape:
+            fail(f"'{path}': codebook is {tuple(tensors['codebook'].shape)}, its manifest says "
+                 f"{shape}")
+    except (KeyError, ValueError, SafetensorError) as error:
+        fail(f"'{path}' is damaged or no labeller ({type(error).__name__}: {error})")
+    if device.type != "cpu":
+        program = move_to_device_pass(program, str(device))
+    labeller = Labeller(program.module(), manifest, tensors["codebook"])
+    if device.type != "meta":                                           # which computes nothing
+        codes = labeller(tensors["probe_frames"].to(device)).cpu()
+        if not torch.equal(codes, tensors["probe_codes"]):
+            fail(f"'{path}': the probe frames give codes {codes.tolist()}, expected "
+                 f"{tensors['probe_codes'].tolist()}")
+    return labeller
+
+
+def warn_of_holdout(cfg, earlier: dict, path: str):
+    """Validation is only held out if the stage before held out the same."""
+    for name in ("val_fraction", "holdout"):
+        if earlier.get(name) != getattr(cfg, name):
+            print(f"warning: '{path}' was trained with {name} {earlier.get(name)!r}, this is "
+                  f"{getattr(cfg, name)!r}: validation may hold episodes that it has seen",
+                  file=sys.stderr)
+
+
+# All that an archive by laq.py or finetune.py may hold: its members, its operators (a model of your
+# own may need others: add them) and, by the name of their field, the texts of its JSON, of which
+# torch evaluates some.
+MEMBERS = (r"data/weights/(weight_\d+|model_weights_config\.json)"
+           r"|data/constants/(tensor_\d+|model_constants_config\.json)"
+           r"|data/sample_inputs/model\.pt|models/model\.json|extra/[\w.]+"
+           r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id)")
+OPERATORS = """
+    __and__ _assert_tensor_metadata abs adaptive_avg_pool2d add addmm all amax amin any arange
+    argmax argmin avg_pool2d batch_norm bmm bucketize cat chunk clamp concat contiguous conv2d
+    cos cumsum detach div dropout einsum elu embedding eq erf exp expand flatten floor full
+    full_like gather ge gelu group_norm gt index index_select layer_norm le leaky_relu linear
+    log log_softmax logical_and logical_not lt masked_fill matmul max max_pool2d maximum mean
+    min minimum mul ne neg new_ones one_hot ones pad permute pixel_shuffle pixel_unshuffle pow
+    reciprocal relu repeat reshape rms_norm roll round rsqrt scaled_dot_product_attention select
+    sigmoid sign silu sin slice softmax split sqrt square squeeze stack std sub sum sym_size
+    tanh tile to topk transpose tril triu unbind unflatten unsqueeze upsample_bilinear2d
+    upsample_nearest2d var view view_as where zeros zeros_like"""
+SYMBOL = r"Symbol\('s\d+', positive=True, integer=True\)"
+SIZE = r"L\['\w+'\]\.size\(\)\[\d+\]"
+TREE = r'([\[\]{}:, 1]|null|"(type|context|children_spec|builtins\.(tuple|dict)|null|\[\])")*'
+DOTTED = ("key", "fqn", "parameter_name", "buffer_name", "torch_version")
+COMMENTS = ("stack_trace", "nn_module_stack", "torch_fn")
+TEXTS = {"target": rf"torch\.ops\.aten\.({'|'.join(OPERATORS.split())})\.[A-Za-z]\w*",
+         "expr_str": rf"{SYMBOL}|Mul\(Integer\(\d+\), {SYMBOL}\)",
+         "guards_code": f"{SIZE} == {SIZE}",
+         "in_spec": TREE, "out_spec": TREE,
+         "path_name": r"(weight|tensor)_\d+",
+         "as_string": r"[\w,>-]*",                              # 'tanh', einsum's 'bsd,skd->bsk'
+         **dict.fromkeys(DOTTED, r"[\w.+]*"), **dict.fromkeys(COMMENTS, r"(?s:.*)")}
+
+
+def texts(part, field: str = ""):
+    """All texts of parsed JSON, each with the name of its field; that name comes as a "key"."""
+    if isinstance(part, dict):
+        for name, value in part.items():
+            yield "key", name
+            yield from texts(value, name)
+    elif isinstance(part, list):
+        for value in part:
+            yield from texts(value, field)
+    elif isinstance(part, str):
+        yield field, part
+
+
+def foreign(archive):
+    """What an archive holds and no export of this project does."""
+    members = archive.get_file_names()
+    yield from (f"member {n[:80]!r}" for n in members if not re.fullmatch(MEMBERS, n, re.ASCII))
+    if archive.read_bytes("data/sample_inputs/model.pt"):
+        yield "pickled inputs in 'data/sample_inputs/model.pt'"
+    for member in members:
+        if not member.endswith(".json") or member.startswith("extra/"):
+            continue
+        content = json.loads(archive.read_string(member))
+        for name, payload in content.get("config", {}).items():
+            if payload["use_pickle"] is not False:
+                yield f"pickled {name[:80]!r} in '{member}'"
+        for field, text in texts(content):
+            if not re.fullmatch(TEXTS.get(field, r"\w*"), text, re.ASCII):
+                yield f"{field} {text[:80]!r} in '{member}'"
+
+
+def open_program(path):
+    """laq.pt2 or policy.pt2 -> (ExportedProgram, {name: text} of its extra files), or exits.
+
+    The bytes that are loaded are those that were checked. Promised: no pickle and no library of the
+    file is loaded, of its text only names and sizes become code, and the program has no operators
+    but those above. Not promised: that torch, which parses it, has no faults; that the program is
+    small, ends, or does what its author says. A .pt2 is a program: load only what you trust.
+    """
+    from torch.export.pt2_archive import PT2ArchiveReader
+    from torch.export.pt2_archive._package import load_pt2     # export.load also tries old layouts
+    try:
+        data = Path(path).read_bytes()
+        found = next(foreign(PT2ArchiveReader(io.BytesIO(data))), None)
+        if found is None:
+            contents = load_pt2(io.BytesIO(data))
+            return contents.exported_programs["model"], contents.extra_files
+        reason = f"holds {found}"
+    except Exception as e:                                      # the readers fail in many ways
+        reason = f"cannot be read ({type(e).__name__}: {str(e).partition(chr(10))[0][:200]})"
+    fail(f"'{path}' {reason}; load only files you trust, "
+         f"or export it again with this project's scripts")
+
+
+def tiny_config() -> SmolVLMConfig:
+    size = dict(hidden_size=96, intermediate_size=288, num_hidden_layers=2, num_attention_heads=4)
+    vision = dict(image_size=64, patch_size=8, **size)
+    text = dict(model_type="llama", vocab_size=384, num_key_value_heads=4, pad_token_id=0,
+                bos_token_id=1, eos_token_id=1, **size)
+    return SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=2, image_token_id=383)
+
+
+def load_trunk(name: str, text_layers: int, tokenizer: str = "") -> tuple[Trunk, object]:
+    """'tiny' built from a config, or pretrained weights by name or folder; absent weights are an
+    error, never random. -> trunk, tokenizer"""
+    if name == "tiny":
+        return Trunk(SmolVLMModel(tiny_config())), ByT5Tokenizer()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer or name)
+        vlm, info = SmolVLMModel.from_pretrained(name, dtype=torch.float32,
+                                                 output_loading_info=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        fail(f"no pretrained SmolVLM2 at '{name}' ({str(error).splitlines()[0]}); give a Hugging "
+             f"Face name that this machine can reach, a folder with config, weights and tokenizer, "
+             f"or 'tiny'")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        fail(f"weights of '{name}' lack {len(missing)} tensors, the first is {missing[0]}")
+    vlm.text_model.layers = vlm.text_model.layers[:text_layers]
+    vlm.config.text_config.num_hidden_layers = len(vlm.text_model.layers)
+    return Trunk(vlm), tokenizer
 
 
 def publish(partial: Path, final: Path):
@@ -487,130 +581,353 @@ def publish(partial: Path, final: Path):
 
 
 def export(model: LatentPolicy, cfg: Config, step: int, tokenizer, labeller: dict):
-    """OUT/stage2: trunk with tokenizer as transformers saves them, readout and head, manifest."""
-    final = Path(cfg.out) / "stage2"
-    partial = final.with_name(".stage2.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.trunk.vlm.save_pretrained(partial / "trunk")
-    tokenizer.save_pretrained(partial / "tokenizer")        # not in trunk/: AutoTokenizer would go by the model's type
-    heads = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("trunk.vlm.")}
-    save_file(heads, partial / "heads.safetensors")
-    manifest = {"schema": "smolvla_shared.v1", "trunk": cfg.trunk, "dtype": "float32", "image_size": model.trunk.image_size,
-                "text_len": cfg.text_len, "latent_dim": model.head.output.out_features, "action_dim": 0,
-                "flow": {"width": cfg.head_width, "depth": cfg.head_depth},
-                "labeller": labeller, "step": step, "config": asdict(cfg), "torch": torch.__version__}
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    publish(partial, final)
+    """OUT/stage2: trunk and tokenizer as transformers saves them, readout and head, manifest."""
+    folder = Path(cfg.out) / ".stage2.partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    model.trunk.vlm.save_pretrained(folder / "trunk")
+    tokenizer.save_pretrained(folder / "tokenizer")         # AutoTokenizer would go by the trunk's
+    heads = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()
+             if not k.startswith("trunk.vlm.")}
+    save_file(heads, folder / "heads.safetensors")
+    manifest = {"schema": "smolvla_shared.v1", "trunk": cfg.trunk, "dtype": "float32",
+                "image_size": model.trunk.image_size, "text_len": cfg.text_len,
+                "latent_dim": model.head.output.out_features, "action_dim": 0,
+                "flow": {"width": cfg.head_width, "depth": cfg.head_depth}, "labeller": labeller,
+                "step": step, "config": asdict(cfg), "torch": torch.__version__}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    publish(folder, Path(cfg.out) / "stage2")
 
 
-# ---------------------------------------------------------------------------------------------- evaluation
-@torch.no_grad()
-def evaluate(model: LatentPolicy, cfg: Config, loader, labeller, tokens, laq_size: int, device) -> dict:
-    """On held-out episodes: flow loss, accuracy of the nearest codes, and that of the most frequent code."""
-    model.eval()
-    predicted, truth, losses = [], [], []
-    for i, batch in enumerate(loader.first(cfg.eval_batches)):
-        torch.manual_seed(i)
-        frames = data_oxe.to_device(batch, device, loader.image_size)["frames"]
-        codes, _ = labeller(data_oxe.fit(frames, laq_size))
-        images, (ids, mask) = data_oxe.fit(frames[:, 0], model.trunk.image_size), tokens(batch["instruction"], device)
-        losses.append(model(images, ids, mask, codes).item())
-        predicted.append(model.predict(images, ids, mask).cpu().numpy())
-        truth.append(codes.cpu().numpy())
-    model.train()
-    predicted, truth = np.concatenate(predicted), np.concatenate(truth)                     # (samples, S)
-    majority = np.mean([np.bincount(c).max() / len(c) for c in truth.T])                    # knows the answers' counts
-    return {"loss": np.mean(losses), "accuracy": (predicted == truth).mean(), "accuracy_majority": majority,
-            "accuracy_all_tokens": (predicted == truth).all(1).mean()}
+# ------------------------------------------------------------ plumbing: the same text in each stage
+def fail(message: str):
+    """A user's error: one line, exit code 1, no traceback."""
+    raise SystemExit(f"{Path(sys.argv[0]).stem}: {message}")
 
 
-def describe(m: dict) -> str:
-    return (f"nearest-code accuracy {m['accuracy']:.3f} (majority code {m['accuracy_majority']:.3f}), "
-            f"all tokens {m['accuracy_all_tokens']:.3f} | flow loss {m['loss']:.3f}")
+def check_run(cfg, world: int):
+    """Exits where settings that all stages share do not go together; sets OUT of a resumed run."""
+    for name in ("batch_size", "eval_every", "eval_batches", "save_every", "log_every"):
+        if getattr(cfg, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
+    local = cfg.batch_size // world                                     # samples a process
+    if cfg.batch_size % world:
+        fail(f"--batch-size {cfg.batch_size} is not divisible by the {world} processes; "
+             f"{local * world or world} would be")
+    if cfg.micro_batch and local % cfg.micro_batch:
+        fail(f"--micro-batch {cfg.micro_batch} does not divide the {local} samples a process")
+    if not 0 <= cfg.final_lr <= 1:
+        fail(f"--final-lr {cfg.final_lr} is a share of the peak learning rate, from 0 to 1")
+    if cfg.export_only and not cfg.resume:
+        fail("--export-only needs --resume CHECKPOINT")
+    if cfg.resume:
+        home = Path(cfg.resume).parent
+        if not Path(cfg.resume).is_file():
+            fail(f"no checkpoint at --resume '{cfg.resume}'")
+        if cfg.out != type(cfg).out and Path(cfg.out).resolve() != home.resolve():
+            fail(f"--resume '{cfg.resume}' goes on in its own folder, but --out is '{cfg.out}'; "
+                 f"leave --out away, or copy the checkpoint there")
+        cfg.out = str(home)
+    elif (Path(cfg.out) / "last.pt").exists() and not cfg.overwrite:
+        fail(f"--out '{cfg.out}' holds a run; continue it with --resume {cfg.out}/last.pt, give "
+             f"another --out, or --overwrite it")
 
 
-# ---------------------------------------------------------------------------------------------- main
-def main(cfg: Config):
-    rank, world, device = setup(cfg)
-    labeller, laq_manifest, codebook = load_labeller(cfg.laq_ckpt, device)
-    trunk, tokenizer = load_trunk(cfg.trunk, cfg.text_layers)
-    local, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
-    options = {k: getattr(cfg, k) for k in ("data", "mix", "weights", "val_fraction", "holdout", "pairs_per_episode", "resize",
-                                            "max_bad")}
-    laq_size = laq_manifest["image_size"]
-    common = dict(**options, image_size=max(laq_size, trunk.image_size), horizon_s=laq_manifest["config"]["horizon_s"])
-    loader = data_oxe.Loader(split="train", batch_size=local, seed=cfg.seed, shuffle_mb=cfg.shuffle_mb, rank=rank,
-                             world=world, **common)
-    val_loader = data_oxe.Loader(split="val", batch_size=64, seed=1, shuffle_mb=8, **common)
-    for name in loader.horizon.keys() & laq_manifest["horizon"].keys():
-        if loader.horizon[name] != laq_manifest["horizon"][name]:
-            fail(f"'{cfg.laq_ckpt}' labels pairs of '{name}' that are {laq_manifest['horizon'][name]} apart; the registry now "
-                 f"says {loader.horizon[name]}")
-    tokens = Tokens(tokenizer, cfg.text_len)
-    model = LatentPolicy(cfg, trunk, codebook).to(device)
-    optimizer = make_optimizer(cfg, model, device)
-    start = load_checkpoint(cfg, model, optimizer, loader) if cfg.resume else 0
-    if not torch.allclose(model.latents.cpu(), whiten(codebook), atol=1e-4):
-        fail(f"--resume '{cfg.resume}' was trained on another labeller than '{cfg.laq_ckpt}': their codebooks differ")
+def setup(cfg) -> tuple[int, int, torch.device]:
+    """Joins torchrun's processes, if this is one of them. -> rank, number of processes, device."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check_run(cfg, world)
+    device = find_device()
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(cfg.seed)
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    return rank, world, device
+
+
+def find_device() -> torch.device:
+    """This process's GPU, with TF32 products, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+    return device
+
+
+def run(main, cfg):
+    """Runs a stage and ends the process with the exit code that main returns.
+
+    Processes of torchrun end without destructors: gloo's joins threads that may wait for the GIL,
+    which it holds. One that fails does not wait for the others.
+    """
+    try:
+        code = main(cfg)
+    except BaseException as error:
+        if not dist.is_initialized():
+            raise
+        told = isinstance(error, SystemExit) and isinstance(error.code, str)
+        print(error.code if told else traceback.format_exc(), file=sys.stderr)
+        code = 1
+    else:
+        if dist.is_initialized():
+            dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        os._exit(code)
+    raise SystemExit(code)
+
+
+def lr_at(cfg, step: int) -> float:
+    """Learning rate of a step: linear warm-up, then a cosine to the share final_lr of the peak."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    lowest = cfg.final_lr * cfg.lr
+    return lowest + 0.5 * (cfg.lr - lowest) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def make_optimizer(cfg, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW; only matrices decay."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in params if p.ndim >= 2]
+    others = [p for p in params if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay},
+              {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+
+
+def start_step(cfg, step: int, optimizer, rank: int, world: int):
+    """Learning rate and randomness: functions of (seed, step, rank), so a resumed run is equal."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(cfg, step)
+    torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
+
+
+def pieces(batch: dict, size: int):
+    """Micro-batches of a dict of tensors: (piece, its share of the samples, is it the last)."""
+    n = len(next(iter(batch.values())))
+    for i in range(0, n, size):
+        piece = {k: v[i:i + size] for k, v in batch.items()}
+        yield piece, size / n, i + size >= n
+
+
+def mean_of_ranks(x: torch.Tensor) -> torch.Tensor:
+    """Mean of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def save_checkpoint(cfg, step: int, model: nn.Module, optimizer, loader):
+    """OUT/last.pt, written under another name first; all ranks call it: each has its own place in
+    the data. Randomness is a function of (seed, step), so no state of it is kept."""
+    data = [loader.state_dict()]
+    if dist.is_initialized():
+        data = data * dist.get_world_size()
+        dist.all_gather_object(data, loader.state_dict())
+        if dist.get_rank() > 0:
+            return
+    state = {"step": step, "config": asdict(cfg), "model": model.state_dict(),
+             "optimizer": optimizer.state_dict(), "data": data}
+    partial = Path(cfg.out) / ".last.pt.partial"
+    torch.save(state, partial)
+    partial.rename(Path(cfg.out) / "last.pt")
+
+
+# what may differ between a run and its continuation
+FREE = {"out", "overwrite", "data", "threads", "max_bad", "resume", "export_only", "wandb",
+        "eval_every", "save_every", "log_every", "compile"}
+
+
+def read_checkpoint(path: str, option: str) -> dict:
+    """What save_checkpoint wrote; exits where the file is something else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["config"], state["model"], state["data"]
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError,
+            pickle.UnpicklingError) as error:
+        fail(f"{option} '{path}' is not a checkpoint of this script ({type(error).__name__}); "
+             f"give OUT/last.pt")
+    return state
+
+
+def load_checkpoint(cfg, model: nn.Module, optimizer, loader, rank: int, world: int) -> int:
+    """Restores all of save_checkpoint. Exits, naming the fields, where the run would not be the
+    same. -> step"""
+    state = read_checkpoint(cfg.resume, "--resume")
+    stored = state["config"]
+    differ = [f"{f.name} was {stored.get(f.name)!r}, is {getattr(cfg, f.name)!r}"
+              for f in fields(cfg)
+              if f.name not in FREE and stored.get(f.name) != getattr(cfg, f.name)]
+    if differ:
+        fail(f"--resume '{cfg.resume}' is of another run: {'; '.join(differ)}")
+    model.load_state_dict(state["model"])
     if cfg.export_only:
-        return export(model, cfg, start, tokenizer, laq_manifest) if rank == 0 else None
-    train = DDP(model, broadcast_buffers=False) if world > 1 else model
-    train = torch.compile(train) if cfg.compile else train
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    log, stop, batches, clock = Logger(cfg, rank, start), StopFlag(), loader.to(device), time.time()
-    log.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, episodes {loader.counts}")
+        return state["step"]
+    if len(state["data"]) != world:
+        fail(f"--resume '{cfg.resume}' was saved by {len(state['data'])} processes, these are "
+             f"{world}: start as many")
+    optimizer.load_state_dict(state["optimizer"])
+    loader.load_state_dict(state["data"][rank])
+    return state["step"]
 
-    for step in range(start, cfg.steps + 1):                                    # one more round, to evaluate and save
-        stopping, last = stop(device), step == cfg.steps
-        if not stopping and (last or step % cfg.eval_every == 0):
-            metrics = evaluate(model, cfg, val_loader, labeller, tokens, laq_size, device)
-            log.print(f"step {step}: {describe(metrics)}")
-            log.log(step, {}, **{f"val_{k}": v for k, v in metrics.items()})
-        if stopping or last or (step > start and step % cfg.save_every == 0):
-            save_checkpoint(cfg, step, model, optimizer, loader)
-        if stopping or last:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(cfg, step)
-        step_seed(cfg, step, rank, world)
-        batch = next(batches)
-        frames = batch["frames"]
-        with torch.no_grad():
-            codes, _ = labeller(data_oxe.fit(frames, laq_size))
-        images = random_shift(data_oxe.fit(frames[:, 0], trunk.image_size), cfg.shift)
-        ids, mask = tokens(batch["instruction"], device)
-        pieces = [slice(i, i + micro) for i in range(0, local, micro)]
-        total = 0.0
-        for piece in pieces:
-            if world > 1:
-                train.require_backward_grad_sync = piece is pieces[-1]
-            with amp:
-                loss = train(images[piece], ids[piece], mask[piece], codes[piece])
-            (loss / len(pieces)).backward()
-            total += loss.detach() / len(pieces)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        if not torch.isfinite(norm):
-            fail(f"gradient norm {norm.item()} at step {step}, episodes {batch['episode'].tolist()}; "
-                 f"the last good checkpoint is '{cfg.out}/last.pt'")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if log.on:
-            log.bar.update()
-        if step % cfg.log_every == 0:
-            if world > 1:
-                dist.all_reduce(total)
-                total /= world
-            rate = cfg.batch_size * cfg.log_every / (time.time() - clock)
-            clock = time.time()
-            log.log(step, {"loss": total}, loss=total, grad_norm=norm, lr=lr_at(cfg, step), samples_per_s=rate)
-    if rank == 0 and not stop.signal:
-        export(model, cfg, cfg.steps, tokenizer, laq_manifest)
-        log.print(f"trunk and latent head: {cfg.out}/stage2")
-    log.close()
-    if stop.signal:
-        print(f"stopped; continue with --resume {cfg.out}/last.pt", file=sys.stderr)
-    leave(128 + stop.signal if stop.signal else 0)
+
+class Logger:
+    """metrics.jsonl, a bar and, with --wandb, Weights & Biases; silent but on rank 0.
+
+    Speeds are of training steps alone: what lies between `step` and the next `start`, such as a
+    validation, is not counted. Gradient norms are looked at when a line is written or a checkpoint
+    is due, so that no other step waits for the GPU.
+    """
+
+    def __init__(self, cfg, rank: int, world: int, start: int, flops: int, device: torch.device):
+        """flops: of forward and backward of one sample."""
+        self.cfg, self.on, self.wandb = cfg, rank == 0, None
+        self.flops = flops * cfg.batch_size / world                     # a step of one process
+        self.peak = matmul_rate(device, cfg.dtype)
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0             # since the last line
+        self.norms = []                                                 # since they were looked at
+        self.path = Path(cfg.out) / "metrics.jsonl"
+        if self.on:
+            self.open(start)
+
+    def open(self, start: int):
+        """A resumed run keeps the lines before its step; a half-written one is left out."""
+        if start == 0:
+            (self.path.parent / "last.pt").unlink(missing_ok=True)      # of a run to --overwrite
+        kept = []
+        for line in self.path.read_text().splitlines() if start and self.path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                if json.loads(line)["step"] < start:
+                    kept.append(line + "\n")
+        self.path.write_text("".join(kept))
+        if self.cfg.wandb:
+            import wandb
+            name = self.path.with_name("wandb_id")                      # the same run on resuming
+            if start == 0 or not name.exists():
+                name.write_text(secrets.token_hex(4))
+            self.wandb = wandb.init(project="nanolapa", name=self.path.parent.name,
+                                    dir=self.cfg.out, config=asdict(self.cfg),
+                                    id=name.read_text(), resume="allow")
+        self.bar = tqdm(total=self.cfg.steps, initial=start, desc=self.path.parent.name,
+                        unit="step", mininterval=2)
+
+    def start(self):
+        """A step begins; it waits for its batch."""
+        self.began = time.perf_counter()
+
+    def got_batch(self):
+        self.waited += time.perf_counter() - self.began
+
+    def step(self, step: int, values: dict, batch: dict):
+        """A step ends. values: of scalar tensors, with "grad_norm"; each log_every-th step writes
+        their means over the ranks, and the speed."""
+        due = step % self.cfg.log_every == 0
+        self.norms.append((step, values["grad_norm"], batch["episode"]))
+        if due:                                                         # waits for the device
+            self.check_gradients()
+            means = mean_of_ranks(torch.stack([v.float() for v in values.values()])).tolist()
+        self.steps += 1
+        self.seconds += time.perf_counter() - self.began
+        if self.on:
+            self.bar.update()
+        if due and self.on:
+            values = dict(zip(values, means))
+            self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
+            self.write(step, {**values, "lr": lr_at(self.cfg, step), **self.speed()})
+        if due:
+            self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+
+    def speed(self) -> dict:
+        """Samples a second of all processes, share of the time spent waiting for data, and MFU:
+        the model's FLOP/s over those of this device's matrix products."""
+        return {"samples_per_s": self.steps * self.cfg.batch_size / self.seconds,
+                "data_wait": self.waited / self.seconds,
+                "mfu": self.steps * self.flops / self.seconds / self.peak}
+
+    def check_gradients(self):
+        """Exits, naming step and batch, where a gradient norm was not finite."""
+        for step, norm, episodes in self.norms:
+            if not math.isfinite(norm):
+                fail(f"gradient norm {float(norm)} at step {step}, episodes {episodes.tolist()}; "
+                     f"the last good checkpoint is '{self.cfg.out}/last.pt'")
+        self.norms = []
+
+    def write(self, step: int, values: dict):
+        if not self.on:
+            return
+        values = {k: float(v) for k, v in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def print(self, text: str):
+        if self.on:
+            self.bar.write(text)
+
+    def close(self, stopped: int) -> int:
+        """stopped: number of the signal that ended the run, or 0. -> exit code"""
+        if self.on:
+            self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+        if self.on and stopped:
+            print(f"stopped; continue with --resume {self.cfg.out}/last.pt", file=sys.stderr)
+        return 128 + stopped if stopped else 0
+
+
+class StopFlag:
+    """Ctrl-C and SIGTERM ask for a checkpoint at the next step, on all ranks at once. A second
+    Ctrl-C kills; a second SIGTERM does not, as Slurm and torchrun may both send one."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.received = device, 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        if number == signal.SIGINT and self.received:
+            raise SystemExit(128 + number)
+        self.received = self.received or number
+
+    def __call__(self) -> int:
+        """Number of the signal that any rank received, or 0."""
+        if not dist.is_initialized():
+            return self.received
+        flag = torch.tensor(self.received, device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return int(flag)
+
+
+def flops_of(model: nn.Module, forward) -> int:
+    """Of forward() -> losses (dict) and their backward pass: matrix products and convolutions
+    only, as model FLOP utilisation counts them."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sum(forward().values()).backward()                              # MATH: others go uncounted
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
+def size_of(model: nn.Module) -> str:
+    """Its parameters, in millions, and how many of them learn."""
+    every = sum(p.numel() for p in model.parameters()) / 1e6
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    return f"{every:.2f}M parameters, {learning:.2f}M of them trainable"
+
+
+def matmul_rate(device: torch.device, dtype: str) -> float:
+    """FLOP/s of this device's matrix products, best of five."""
+    n, best = (8192 if device.type == "cuda" else 1536), 0.0
+    x = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+    for _ in range(5):
+        began = time.perf_counter()
+        (x @ x)[0, 0].item()
+        best = max(best, 2 * n ** 3 / (time.perf_counter() - began))
+    return best
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run(main, tyro.cli(Config, description=__doc__))

@@ -4,32 +4,39 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import fields, replace
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from common import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import data_oxe  # noqa: E402
-from data_oxe import tf, tfds  # noqa: E402  (it sets their log level first)
+import data_oxe
+from data_oxe import tf, tfds
+from fakes import fake_frames, write_fake
 
 SPECIAL = {"kuka": "'/' in keys, ZLIB states", "bc_z": "chunks of actions, integers", "bridge": "bool gripper, first step",
            "language_table": "tokens", "droid": "three instructions, float64", "vima_converted_externally_to_rlds": "raw pixels",
            "berkeley_autolab_ur5": "scalar gripper", "roboturk": "no state", "tidybot": "no action",
            "nyu_franka_play_dataset_converted_externally_to_rlds": "dropped dimensions"}
-PICTURES = {kind: data_oxe.fake_frames(12, 24, kind) for kind in ("jpeg", "png")}
+PICTURES = {kind: fake_frames(12, 24, kind) for kind in ("jpeg", "png")}
 
 
-def fake(folder, name, episodes=4, length=12, seed=0, **changes):
-    """The named dataset, small; `changes` to its entry take effect on disk only."""
-    entry = replace(data_oxe.REGISTRY[name], **changes)
-    kind = entry.frame.split()[1]
-    data_oxe.write_fake(str(folder), name, entry, episodes, length, PICTURES["jpeg" if kind == "jpeg" else "png"], seed)
-    return entry
+def fake(folder, name, episodes=4, length=12, seed=0, **options):
+    """The named dataset, small."""
+    entry = data_oxe.REGISTRY[name]
+    pictures = PICTURES["jpeg" if entry.frame.endswith("jpeg") else "png"]
+    write_fake(str(folder), name, entry, episodes, length, pictures, seed, **options)
+
+
+def loader_of(folder, mix, split, batch_size, image_size, **options):
+    """A Loader; `options` are of DataConfig or its own."""
+    own = {f.name for f in fields(data_oxe.DataConfig)}
+    cfg = {k: v for k, v in options.items() if k in own}
+    cfg = data_oxe.DataConfig(data=str(folder), mix=mix, **{"shuffle_mb": 64.0, **cfg})
+    more = {k: v for k, v in options.items() if k not in own}
+    return data_oxe.Loader(cfg, split, batch_size, image_size, **more)
 
 
 def take(loader, n):
@@ -58,7 +65,7 @@ def dig(step, key):
 @pytest.mark.parametrize("name", SPECIAL)
 def test_a_schema_reads_as_tfds_reads_it(name, oxe):
     entry, k = data_oxe.REGISTRY[name], data_oxe.REGISTRY[name].offset
-    loader = data_oxe.Loader(str(oxe), name, "train", 12, 24, chunk=3, val_fraction=0.25)
+    loader = loader_of(oxe, name, "train", 12, 24, chunk=3, val_fraction=0.25)
     batch = next(iter(loader))
     builder = tfds.builder_from_directory(f"{oxe}/{name}/{entry.version}")
     episodes = [list(e["steps"]) for e in builder.as_dataset(split="train", shuffle_files=False)]
@@ -68,7 +75,7 @@ def test_a_schema_reads_as_tfds_reads_it(name, oxe):
     assert set(batch["episode"]) <= {0, 1, 2} and len(set(batch["step"])) > 2
     for i, (e, t) in enumerate(zip(batch["episode"], batch["step"])):
         steps = episodes[e]
-        assert entry.first <= t < len(steps) - k
+        assert entry.skip <= t < len(steps) - k
         assert np.array_equal(batch["frames"][i], [dig(steps[t], entry.image), dig(steps[t + k], entry.image)])
         assert batch["instruction"][i] == (f"instruction of {name}" if entry.instruction else "")
         actions = np.array([columns(entry.action, s) for s in steps], np.float32)
@@ -87,57 +94,65 @@ def test_the_whole_registry_and_the_mixes(oxe):
     for mix, count in {"oxe29": 29, "oxe_magic_soup": 23, "oxe_magic_soup_plus": 27, "octo_magic_soup": 25, "rtx": 10}.items():
         assert len(data_oxe.parse_mix(mix)) == count and set(data_oxe.parse_mix(mix)) <= set(data_oxe.REGISTRY)
     facts = [n for n in data_oxe.REGISTRY if not n.startswith("metaworld")]
-    loader = data_oxe.Loader(str(oxe), ",".join(facts), "train", 60, 16, shuffle_mb=4)
+    n = len(facts)
+    loader = loader_of(oxe, ",".join(facts), "train", n, 16, shuffle_mb=4)
     batches = take(loader, 20)
-    assert len(facts) == 60 and set(np.concatenate([b["dataset"] for b in batches])) == set(range(60))
-    assert batches[0]["frames"].shape == (60, 2, 16, 16, 3) and batches[0]["state"].shape == (60, loader.state_dim)
+    assert set(np.concatenate([b["dataset"] for b in batches])) == set(range(n))
+    assert batches[0]["frames"].shape == (n, 2, 16, 16, 3) and batches[0]["state"].shape == (n, loader.state_dim)
     d, state = batches[0]["dataset"], batches[0]["state"]
-    narrow = [i for i in range(60) if len(data_oxe.kinds_of(data_oxe.REGISTRY[facts[d[i]]].state)) < 10]
+    narrow = [i for i in range(n) if len(data_oxe.kinds_of(data_oxe.REGISTRY[facts[d[i]]].state)) < 10]
     assert not state[narrow, 10:].any() and state[:, :6].any()
-    mix = data_oxe.Loader(str(oxe), "bridge:6,viola:2,toto:2", "train", 100, 0, shuffle_mb=1)
+    mix = loader_of(oxe, "bridge:6,viola:2,toto:2", "train", 100, 0, shuffle_mb=1)
     share = np.bincount(np.concatenate([b["dataset"] for b in take(mix, 30)])) / 3000
     assert abs(share - [0.6, 0.2, 0.2]).max() < 0.05 and mix.share == pytest.approx({"bridge": 0.6, "viola": 0.2, "toto": 0.2})
-    assert data_oxe.Loader(str(oxe), "bridge:6,viola:2", "train", 1, 0, weights="equal").share["viola"] == 0.5
-    by_frames = data_oxe.Loader(str(oxe), "bridge,language_table", "train", 1, 0, weights="proportionate").share
-    assert by_frames["language_table"] == pytest.approx(2 / 3)                          # 24 steps against 12
+    assert loader_of(oxe, "bridge:6,viola:2", "train", 1, 0, weights="equal").share["viola"] == 0.5
+    by_frames = loader_of(oxe, "bridge:3,language_table", "train", 1, 0, weights="proportionate").share
+    assert by_frames["language_table"] == pytest.approx(2 / 5)              # 24 steps against 3 times 12
 
 
 def test_oxe29_in_bounded_memory(oxe):
     """The 29-dataset mix in a process of its own: threads, memory and the time to the first batch."""
-    code = ("import sys, time, data_oxe as d; t = time.time(); l = d.Loader(sys.argv[1], 'oxe29', 'train', 32, 24); it = iter(l);"
-            "next(it); print(time.time() - t); [next(it) for _ in range(30)]; print(d.status('VmHWM'), d.status('Threads'))")
-    p = subprocess.run([sys.executable, "-c", code, str(oxe)], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    code = ("import sys, time, data_oxe as d; sys.path.insert(0, 'tests'); import bench_data as b\n"
+            "cfg = d.DataConfig(sys.argv[1], 'oxe29', threads=2, shuffle_mb=64)\n"
+            "began = time.time()\n"
+            "batches = iter(d.Loader(cfg, 'train', 32, 24))\n"
+            "next(batches)\n"
+            "print(time.time() - began)\n"
+            "[next(batches) for _ in range(30)]\n"
+            "print(b.status('VmHWM'), b.status('Threads'))")
+    p = subprocess.run([sys.executable, "-c", code, str(oxe)], cwd=ROOT, capture_output=True, text=True,
+                       timeout=200)
     first, memory, threads = map(float, p.stdout.split())
     assert memory < 1000 and threads <= 16 and first < 12, p.stdout                     # 3 s on an idle machine
 
 
-def test_pairs_all_trimmed_in_seconds_and_moving(tmp_path):
+def test_pairs_all_in_seconds_and_moving(tmp_path):
     fake(tmp_path, "viola", length=30)                                                  # 20 Hz
-    loader = data_oxe.Loader(str(tmp_path), "viola", "train", 9, 24, pairs_per_episode=0, horizon_s=0.5, trim=(3, 2),
+    loader = loader_of(tmp_path, "viola", "train", 9, 24, pairs_per_episode=0, horizon_s=0.5,
                              val_fraction=0.0, shuffle_mb=0.5)
     assert loader.horizon == {"viola": {"steps": 10, "seconds": 0.5}}
     epoch = {(int(e), int(t)) for b in take(loader, 40) for e, t in zip(b["episode"], b["step"])}
-    assert epoch == {(e, t) for e in range(4) for t in range(3, 18)}                    # t + 10 < 30 - 2
-    few = data_oxe.Loader(str(tmp_path), "viola", "train", 8, 24, pairs_per_episode=2, val_fraction=0.0)
+    assert epoch == {(e, t) for e in range(4) for t in range(20)}                        # t + 10 < 30
+    few = loader_of(tmp_path, "viola", "train", 8, 24, pairs_per_episode=2, val_fraction=0.0)
     assert few.plans[0].pairs == 2
     frames = [PICTURES["png"][0]] * 15 + PICTURES["png"][:8] + [PICTURES["png"][7]] * 7  # still, moving, still
-    data_oxe.write_fake(str(tmp_path), "toto", data_oxe.REGISTRY["toto"], 2, 30, frames)
-    moving = data_oxe.Loader(str(tmp_path), "toto", "train", 16, 24, pairs_per_episode=0, val_fraction=0, min_motion=1.0)
+    write_fake(str(tmp_path), "toto", data_oxe.REGISTRY["toto"], 2, 30, frames)
+    moving = loader_of(tmp_path, "toto", "train", 16, 24, pairs_per_episode=0, val_fraction=0, min_motion=1.0)
     assert {int(t) for b in take(moving, 10) for t in b["step"]} == set(range(11, 22))
 
 
 def test_pictures_of_every_size(tmp_path):
     """resize=gpu hands over what was recorded and to() resizes; a large JPEG is decoded small."""
     shades = np.linspace(0, 255, 96 * 128 * 3).reshape(96, 128, 3).astype(np.uint8)
-    data_oxe.write_fake(str(tmp_path), "bridge", data_oxe.REGISTRY["bridge"], 2, 9, [tf.io.encode_png(shades).numpy()])
-    data_oxe.write_fake(str(tmp_path), "kuka", data_oxe.REGISTRY["kuka"], 2, 9, [tf.io.encode_jpeg(shades, quality=100).numpy()])
+    write_fake(str(tmp_path), "bridge", data_oxe.REGISTRY["bridge"], 2, 9, [tf.io.encode_png(shades).numpy()])
+    write_fake(str(tmp_path), "kuka", data_oxe.REGISTRY["kuka"], 2, 9, [tf.io.encode_jpeg(shades, quality=100).numpy()])
     expected = cv2.resize(shades, (24, 24), interpolation=cv2.INTER_AREA).astype(float)
     for mix in ("bridge", "kuka"):
-        frames = next(iter(data_oxe.Loader(str(tmp_path), mix, "train", 4, 24)))["frames"]
+        frames = next(iter(loader_of(tmp_path, mix, "train", 4, 24)))["frames"]
         assert abs(frames - expected).mean() < 4
-    native = data_oxe.Loader(str(tmp_path), "bridge", "train", 4, 24, resize="gpu")
+    native = loader_of(tmp_path, "bridge", "train", 4, 24, resize="gpu")
     assert np.array_equal(next(iter(native))["frames"][0, 1], shades)
-    both = data_oxe.Loader(str(tmp_path), "bridge,kuka", "train", 8, 24, resize="gpu")
+    both = loader_of(tmp_path, "bridge,kuka", "train", 8, 24, resize="gpu")
     assert {x.shape[1:] for x in next(iter(both))["frames"]} == {(96, 128, 3), (24, 32, 3)}
     batch = next(both.to("cpu"))
     assert batch["frames"].shape == (8, 2, 24, 24, 3) and batch["frames"].dtype == torch.uint8
@@ -145,7 +160,7 @@ def test_pictures_of_every_size(tmp_path):
 
 
 def test_batches_are_views_and_the_thread_gives_the_same(oxe):
-    make = lambda: data_oxe.Loader(str(oxe), "bridge,kuka", "train", 8, 24, shuffle_mb=0.1)
+    make = lambda: loader_of(oxe, "bridge,kuka", "train", 8, 24, shuffle_mb=0.1)
     plain, ahead = make(), make()
     for a, b in zip(take(plain, 5), take(ahead.to("cpu"), 5)):
         assert all(np.array_equal(a[k], b[k]) for k in a) and isinstance(b["frames"], torch.Tensor)
@@ -159,12 +174,12 @@ def test_batches_are_views_and_the_thread_gives_the_same(oxe):
 # ------------------------------------------------------------------------------------------------ splits, ranks, resume
 def test_splits_subsets_and_ranks(oxe, tmp_path):
     fake(tmp_path, "toto", episodes=30)                                                 # two files
-    make = lambda split="train", **k: data_oxe.Loader(str(tmp_path), "toto", split, 8, 0, **{"val_fraction": 0.2, **k})
+    make = lambda split="train", **k: loader_of(tmp_path, "toto", split, 8, 0, **{"val_fraction": 0.2, **k})
     seen = lambda loader: {int(e) for b in take(loader, 60) for e in b["episode"]}
     train, val = seen(make()), seen(make("val"))
-    assert train == set(range(24)) and val == set(range(24, 30)) == seen(make("val", max_episodes=2))
-    assert seen(make(max_episodes=4)) == set(range(4)) and make(max_episodes=4).counts["toto"]["used"] == 4
+    assert train == set(range(24)) and val == set(range(24, 30)) == seen(make("val", episodes_per_task=2))
     assert seen(make(episodes_per_task=3)) == {0, 1, 2}
+    assert make(episodes_per_task=3).counts["toto"]["used"] == 3
     parts = [seen(make(rank=r, world=5)) for r in range(5)]                             # more ranks than files
     assert set.union(*parts) == train and sum(map(len, parts)) == len(train)
     assert seen(make("val", rank=1, world=5)) == val
@@ -179,10 +194,10 @@ def test_splits_subsets_and_ranks(oxe, tmp_path):
 
 
 def test_what_the_stream_depends_on_is_compared(oxe):
-    make = lambda world=1, rank=0, **k: data_oxe.Loader(str(oxe), "bridge,toto", "train", 8 // world, 0, world=world,
+    make = lambda world=1, rank=0, **k: loader_of(oxe, "bridge,toto", "train", 8 // world, 0, world=world,
                                                         rank=rank, **k)
     state = make(holdout="episode_metadata/file_path~scene_1/").state_dict()
-    for says, options in {"rank was 0, is 1": dict(world=2, rank=1), "trim": dict(trim=(1, 0)), "chunk": dict(chunk=2),
+    for says, options in {"rank was 0, is 1": dict(world=2, rank=1), "chunk": dict(chunk=2),
                           "pairs_per_episode": dict(pairs_per_episode=3), "horizon_s": dict(horizon_s=0.2)}.items():
         with pytest.raises(SystemExit, match=says):
             make(**options).load_state_dict(make(world=options.get("world", 1)).state_dict())
@@ -194,10 +209,10 @@ def test_what_the_stream_depends_on_is_compared(oxe):
                                           ("droid,viola", {"rank": 1, "world": 2}),
                                           ("toto", {"image_size": 24, "min_motion": 5.0})])
 def test_resume_is_exact_and_small(mix, options, oxe):
-    make = lambda seed=0, **k: data_oxe.Loader(str(oxe), mix, "train", 7, shuffle_mb=0.05, seed=seed,
+    make = lambda seed=0, **k: loader_of(oxe, mix, "train", 7, shuffle_mb=0.05, seed=seed,
                                                **{"image_size": 0, **options, **k})
     whole = take(make(), 60)
-    assert make().block < 30                                                            # the run spans many blocks and epochs
+    assert make().block_size < 30                                                            # the run spans many blocks and epochs
     for stop in (1, 13, 47):
         first = make()
         take(first, stop)
@@ -208,7 +223,7 @@ def test_resume_is_exact_and_small(mix, options, oxe):
         for a, b in zip(whole[stop:], take(second, 10)):
             assert same(a, b)
     assert not same(whole[0], take(make(seed=1), 1)[0])
-    assert [same(a, b) for a, b in zip(make().first(2), whole)] == [True, True]
+    assert [same(a, b) for a, b in zip(make().peek(2), whole)] == [True, True]
     with pytest.raises(SystemExit, match="world was"):
         make(world=3).load_state_dict(make().state_dict())
 
@@ -258,14 +273,13 @@ def spoil(fault, path):
 
 
 @pytest.mark.parametrize("fault, says, lost", [
-    ("truncated", "unreadable", {9}), ("corrupt", "unreadable", {5, 6, 7, 8, 9}), ("image", "does not decode", set()),
-    ("text", "instruction is empty", {3}), ("nan", "not finite", {3}), ("short", "shorter than a frame pair of 6 steps", {3}),
-    ("uneven", "unreadable", {3})])
+    ("truncated", "unreadable", {9}), ("corrupt", "unreadable", {5, 6, 7, 8, 9}),
+    ("image", "does not decode", set()), ("nan", "not finite", {3}), ("uneven", "unreadable", {3})])
 def test_a_fault_is_named_counted_and_skipped(fault, says, lost, tmp_path, capsys):
     fake(tmp_path, "bridge", episodes=10)
     path, = (tmp_path / "bridge/0.1.0").glob("*.tfrecord*")
     spoil(fault, path)
-    make = lambda **k: data_oxe.Loader(str(tmp_path), "bridge", "train", 8, 24, val_fraction=0, shuffle_mb=0.05, **k)
+    make = lambda **k: loader_of(tmp_path, "bridge", "train", 8, 24, val_fraction=0, shuffle_mb=0.05, **k)
     loader = make(max_bad=0.5)
     seen = {int(e) for b in take(loader, 30) for e in b["episode"]}
     err = capsys.readouterr().err
@@ -281,14 +295,91 @@ def test_a_fault_is_named_counted_and_skipped(fault, says, lost, tmp_path, capsy
         take(first, 11)
         second.load_state_dict(first.state_dict())
         assert all(same(a, b) for a, b in zip(whole[11:], take(second, 9)))
-    if fault == "text":
-        assert 3 in {int(e) for b in take(make(need_instruction=False), 30) for e in b["episode"]}
+
+
+@pytest.mark.parametrize("fault, says", [("text", "1 without an instruction"),
+                                         ("short", "1 shorter than a frame pair")])
+def test_what_is_ordinary_in_oxe_is_counted_and_skipped_without_a_limit(fault, says, tmp_path, capsys):
+    fake(tmp_path, "bridge", episodes=10)
+    path, = (tmp_path / "bridge/0.1.0").glob("*.tfrecord*")
+    spoil(fault, path)
+
+    def make(**options):
+        return loader_of(tmp_path, "bridge", "train", 8, 24, val_fraction=0, shuffle_mb=0.05, **options)
+    loader = make(max_bad=0.0)
+    whole = take(loader, 30)
+    assert {int(e) for b in whole for e in b["episode"]} == set(range(10)) - {3}
+    assert says in loader.summary() and capsys.readouterr().err.count(says) == 1
+    first, second = make(max_bad=0.0), make(max_bad=0.0)
+    take(first, 11)
+    second.load_state_dict(first.state_dict())
+    assert all(same(a, b) for a, b in zip(whole[11:], take(second, 9)))
+    if fault == "text":                                     # laq asks for no instruction
+        assert 3 in {int(e) for b in take(make(demonstrations=False), 30) for e in b["episode"]}
+
+
+def test_mostly_unfit_data_is_an_error(tmp_path):
+    fake(tmp_path, "bridge", episodes=10)
+    path, = (tmp_path / "bridge/0.1.0").glob("*.tfrecord*")
+    key = "steps/observation/natural_language_instruction"
+    rewrite(path, lambda i, f: f[key].bytes_list.value.__setitem__(slice(None), [b""] * 12))
+    with pytest.raises(SystemExit, match="10 of 10 episodes of 'bridge' cannot be used.*instruction"):
+        take(loader_of(tmp_path, "bridge", "train", 8, 0, val_fraction=0), 30)
+    with pytest.raises(SystemExit, match="none of 10 episodes of dataset 'bridge'.*long enough"):
+        loader_of(tmp_path, "bridge", "train", 8, 0, horizon_s=20.0)
+
+
+def test_failed_episodes_are_no_demonstrations(tmp_path, capsys):
+    fake(tmp_path, "kuka", episodes=12, success=lambda episode: episode % 3 == 0)
+    policy = loader_of(tmp_path, "kuka", "train", 8, 0, val_fraction=0)
+    assert {int(e) for b in take(policy, 30) for e in b["episode"]} == {0, 3, 6, 9}
+    assert "8 failed" in policy.summary()
+    video = loader_of(tmp_path, "kuka", "train", 8, 0, val_fraction=0, demonstrations=False)
+    assert {int(e) for b in take(video, 30) for e in b["episode"]} == set(range(12))
+
+
+def test_a_file_out_of_reach_is_waited_for(tmp_path, monkeypatch, capsys):
+    """A network that fails is no corrupt file: the stream waits, and goes on as if nothing were."""
+    fake(tmp_path, "bridge", episodes=10)
+    path, = (tmp_path / "bridge/0.1.0").glob("*.tfrecord*")
+
+    def make():
+        return loader_of(tmp_path, "bridge", "train", 8, 0, val_fraction=0, shuffle_mb=0.05)
+    whole, loader, pauses = take(make(), 20), make(), []
+    path.rename(tmp_path / "away")
+
+    def pause(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            (tmp_path / "away").rename(path)
+    monkeypatch.setattr(data_oxe.time, "sleep", pause)
+    assert all(same(a, b) for a, b in zip(whole, take(loader, 20)))
+    err = capsys.readouterr().err
+    assert pauses == [1, 5] and "trying again in 5 s" in err and "skipped" not in err
+    path.rename(tmp_path / "away")
+    monkeypatch.setattr(data_oxe.time, "sleep", pauses.append)
+    with pytest.raises(SystemExit, match="cannot read .*check the network"):
+        take(make(), 20)
+
+
+def test_blue_pictures_are_turned(tmp_path):
+    """Datasets that store BGR come as RGB, in a mix with others too."""
+    red = np.zeros((24, 24, 3), np.uint8)
+    red[..., 0] = 200
+    name = "utaustin_mutex"
+    for folder, picture in ((name, red[..., ::-1]), ("viola", red)):
+        png = tf.io.encode_png(np.ascontiguousarray(picture)).numpy()
+        write_fake(str(tmp_path), folder, data_oxe.REGISTRY[folder], 2, 9, [png])
+    for resize in ("cpu", "gpu"):
+        loader = loader_of(tmp_path, f"{name},viola", "train", 16, 24, resize=resize)
+        batch = next(iter(loader))
+        assert set(batch["dataset"]) == {0, 1} and (batch["frames"] == red).all()
 
 
 def test_a_broken_file_does_not_move_the_holdout(tmp_path):
     fake(tmp_path, "bridge", episodes=12)
     path, = (tmp_path / "bridge/0.1.0").glob("*.tfrecord*")
-    whole, make = path.read_bytes(), lambda: data_oxe.Loader(str(tmp_path), "bridge", "val", 8, 0, max_bad=0.5,
+    whole, make = path.read_bytes(), lambda: loader_of(tmp_path, "bridge", "val", 8, 0, max_bad=0.5,
                                                              holdout="episode_metadata/file_path~scene_1/")
     path.write_bytes(whole[:len(whole) // 2])
     assert make().counts["bridge"]["val"] < 4
@@ -303,9 +394,9 @@ def test_arguments_are_checked(oxe):
     for says, options in {"no readable|is not a regular": dict(holdout="instruction~("), "must be KEY~REGEX": dict(holdout="x"),
                           "resize 'tpu'": dict(resize="tpu"), "max_bad 2": dict(max_bad=2.0), "min_motion": dict(min_motion=1,
                           horizon_s=0.0), "3 episodes left in split 'train' for 9": dict(world=9), "moves by": dict(
-                          min_motion=250.0), "max_episodes -1": dict(max_episodes=-1)}.items():
+                          min_motion=250.0), "episodes_per_task -1": dict(episodes_per_task=-1)}.items():
         with pytest.raises(SystemExit, match=says):
-            data_oxe.Loader(str(oxe), "bridge", "train", 8, 24, **options)
+            loader_of(oxe, "bridge", "train", 8, 24, **options)
 
 
 def test_a_bucket_out_of_reach_is_said_so(monkeypatch):
@@ -313,7 +404,7 @@ def test_a_bucket_out_of_reach_is_said_so(monkeypatch):
         raise tf.errors.UnavailableError(None, None, "no route")
     monkeypatch.setattr(tf.io.gfile, "exists", gone)
     with pytest.raises(SystemExit, match="cannot reach 'gs://gresearch/robotics/bridge/0.1.0/features.json'.*check the network"):
-        data_oxe.Loader("gs://gresearch/robotics", "bridge", "train", 8, 24)
+        loader_of("gs://gresearch/robotics", "bridge", "train", 8, 24)
 
 
 # ------------------------------------------------------------------------------------------------ commands
@@ -321,6 +412,8 @@ def test_commands(oxe, tmp_path, capsys):
     data_oxe.list_datasets(str(oxe))
     out = capsys.readouterr().out
     assert "bridge  " in out and "train 4 episodes" in out and "mix oxe29: 29 datasets" in out
+    data_oxe.inspect(str(oxe), "tidybot", out=str(tmp_path / "none"), image_size=24, batches=2)
+    assert "state        float32  (64, 0)" in capsys.readouterr().out       # neither actions nor state
     data_oxe.inspect(str(oxe), "bridge,tidybot", out=str(tmp_path), image_size=24, batches=2)
     out = capsys.readouterr().out
     assert "bridge: 4 episodes recorded, 4 train" in out.replace("3 train, 1 val", "4 train") and "50.0% of the pairs" in out
@@ -400,10 +493,95 @@ def test_from_videos(tmp_path, capsys):
 def test_an_interrupt_leaves_no_thread_that_hangs(oxe):
     """Ctrl-C while the background thread reads: the process ends at once."""
     code = ("import sys, data_oxe as d\n"
-            "for b in d.Loader(sys.argv[1], 'bridge', 'train', 8, 24).to('cpu'): print('x', flush=True)")
+            "for b in d.Loader(d.DataConfig(sys.argv[1], 'bridge'), 'train', 8, 24).to('cpu'): print('x', flush=True)")
     p = subprocess.Popen([sys.executable, "-c", code, str(oxe)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE)
     p.stdout.readline()
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=30)
     assert "KeyboardInterrupt" in err and "terminate called" not in err
+
+
+# ------------------------------------------------------------------------------------------------ mixes
+def test_published_mixes_multiply_sizes(tmp_path):
+    """As in Octo and OpenVLA: a dataset of half an hour is not seen as often as one of days."""
+    cfg = data_oxe.DataConfig(mix="rtx")
+    names = list(data_oxe.parse_mix("rtx"))
+    frames = {name: 1000.0 * (i + 1) for i, name in enumerate(names)}
+    share = dict(zip(names, data_oxe.shares(cfg, frames)))
+    assert share["berkeley_cable_routing"] / share["bridge_orig"] == pytest.approx(3 * 6 / 3)
+    assert np.mean([*share.values()]) == pytest.approx(np.mean([n for n, _ in
+                                                                data_oxe.parse_mix("rtx").values()]))
+    own = data_oxe.shares(data_oxe.DataConfig(mix="bridge:0.7,viola:0.3"), {"bridge": 9, "viola": 1})
+    assert own.tolist() == [0.7, 0.3]
+    for i, name in enumerate(("viola", "toto")):
+        fake(tmp_path, name, episodes=4 + 8 * i)
+    loader = loader_of(tmp_path, "viola,toto", "train", 8, 0, weights="proportionate", val_fraction=0)
+    assert loader.share == pytest.approx({"viola": 1 / 4, "toto": 3 / 4})
+    assert "75.0% of the pairs" in loader.summary()
+
+
+def test_motion_is_told_dataset_by_dataset(oxe):
+    loader = loader_of(oxe, "bridge,toto,tidybot", "train", 8, 0)
+    assert loader.motion_dims == {"bridge": [0, 1, 2, 3, 4, 5], "toto": [], "tidybot": []}
+
+
+def test_another_recording_does_not_resume(oxe, tmp_path):
+    """The same number of episodes, other data; the same data elsewhere does."""
+    import shutil
+    fake(tmp_path / "a", "bridge", length=12)
+    fake(tmp_path / "b", "bridge", length=13)
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    state = loader_of(tmp_path / "a", "bridge", "train", 8, 0).state_dict()
+    loader_of(tmp_path / "c", "bridge", "train", 8, 0).load_state_dict(state)
+    with pytest.raises(SystemExit, match="recorded as was"):
+        loader_of(tmp_path / "b", "bridge", "train", 8, 0).load_state_dict(state)
+
+
+def test_lengths_are_looked_up_over_the_whole_dataset(tmp_path):
+    """Long episodes at the end of the dataset count, too; what was seen is remembered."""
+    with data_oxe.EpisodeWriter(str(tmp_path), "metaworld_corner4", 8, 4, 4) as writer:
+        for i in range(96):                                     # four files
+            n = 20 if i < 48 else 60
+            values = np.zeros((n, 4))
+            writer.add(np.zeros((n, 8, 8, 3), np.uint8), values, values, values, np.zeros(n), "Do it",
+                       task="x", seed=i, success=True, file_path="")
+    for _ in range(2):
+        plan, = loader_of(tmp_path, "metaworld_corner4", "train", 8, 0, val_fraction=0).plans
+        assert plan.frames == 96 * 40
+    assert (tmp_path / "metaworld_corner4/1.0.0/nanolapa_glance.json").exists()
+
+
+def test_threads_are_this_process_s_share_of_the_cores(monkeypatch, oxe):
+    monkeypatch.setattr(data_oxe.os, "cpu_count", lambda: 12)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert loader_of(oxe, "bridge", "train", 8, 0).threads == 3
+    assert loader_of(oxe, "bridge", "train", 8, 0, threads=5).threads == 5
+
+
+def test_another_version_on_disk_is_named(oxe, tmp_path):
+    (tmp_path / "robo_net").mkdir()
+    (tmp_path / "robo_net/0.1.0").symlink_to(oxe / "bridge/0.1.0")
+    with pytest.raises(SystemExit, match="robo_net/1.0.0'.*there is version 0.1.0"):
+        loader_of(tmp_path, "robo_net", "train", 8, 0)
+
+
+def test_more_is_made_beside_reading(oxe):
+    """What a stage adds to batches (optical flow) does not run in the thread that waits for them."""
+    seen = set()
+
+    def more(batch):
+        seen.add(threading.current_thread().name)
+        return {"twice": 2 * batch["step"]}
+    loader = loader_of(oxe, "bridge", "train", 8, 0)
+    reading = loader.batches
+
+    def watched(position):
+        for item in reading(position):
+            seen.add(f"reads in {threading.current_thread().name}")
+            yield item
+    loader.batches = watched
+    batch = next(loader.to("cpu", more))
+    assert torch.equal(batch["twice"], 2 * batch["step"]) and len(seen) == 2
+    names = {name.removeprefix("reads in ") for name in seen}
+    assert len(names) == 2 and threading.current_thread().name not in names

@@ -1,0 +1,69 @@
+"""What several test files use: the scripts as a user runs them, and their metrics."""
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"              # before transformers is imported
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "TQDM_DISABLE": "1"}
+TASKS = ["drawer-open", "faucet-close"]
+TINY = ["--batch-size", "8", "--eval-batches", "1", "--eval-every", "1000", "--log-every", "1"]
+
+
+def command(script, *args, processes=0):
+    head = [sys.executable]
+    if processes:
+        head += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*head, str(ROOT / script), *map(str, args)]
+
+
+def run(script, *args, processes=0, check=True, env=None):
+    """Runs a script to its end; -> the finished process."""
+    p = subprocess.run(command(script, *args, processes=processes), cwd=ROOT, env=env or ENV,
+                       text=True, capture_output=True, timeout=300)
+    if check and p.returncode:
+        raise AssertionError(f"{script} {args} exited {p.returncode}\n{p.stdout[-2000:]}\n"
+                             f"{p.stderr[-4000:]}")
+    return p
+
+
+def start(script, *args):
+    """Starts a script; -> the process, its errors in a pipe."""
+    return subprocess.Popen(command(script, *args), env=ENV, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def metrics(folder, *keys):
+    """{key: {step: value}} of a run."""
+    rows = [json.loads(x) for x in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return {k: {r["step"]: r[k] for r in rows if k in r} for k in keys}
+
+
+def stage_args(stage, data, stages):
+    extra = {"laq": [], "vla": ["--laq-ckpt", stages / "laq/laq.pt2"],
+             "finetune": ["--init", stages / "vla/stage2", "--episodes-per-task", 2]}[stage]
+    return ["--data", data, *extra, *TINY]
+
+
+class OnlyMeta(TorchDispatchMode):
+    """As on a GPU, without one: tensors live on the device `meta`, and an operation that mixes them
+    with CPU tensors, other than a copy, fails. Autocast knows no such device: left out here."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x) and x.ndim]
+        mixed = {x.device.type for x in tensors} == {"cpu", "meta"}
+        assert not mixed or "copy" in str(operation), f"{operation} mixes devices"
+        return operation(*args, **(kwargs or {}))

@@ -1,0 +1,56 @@
+"""Data and runs that several test files use, made once, also by workers side by side."""
+import fcntl
+import os
+
+import numpy as np
+import pytest
+from common import TASKS, TINY, run
+
+
+def once(tmp_path_factory, name, make):
+    """A folder that `make` fills; the first worker makes it, others wait for it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, done = root / name, root / f"{name}.done"
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Six episodes each of two tasks, recorded by the real simulator."""
+    def record(folder):
+        run("rollout.py", "--record", "--data", folder, "--episodes", 6, "--tasks", *TASKS)
+    return once(tmp_path_factory, "data", record)
+
+
+@pytest.fixture(scope="session")
+def stages(data, tmp_path_factory):
+    """The loop run once, small: folder with laq/, vla/ and ft/."""
+    def train(out):
+        run("laq.py", "--data", data, "--out", out / "laq", "--steps", 30, *TINY)
+        run("vla.py", "--data", data, "--out", out / "vla", "--steps", 10, *TINY,
+            "--laq-ckpt", out / "laq/laq.pt2")
+        run("finetune.py", "--data", data, "--out", out / "ft", "--steps", 10, *TINY,
+            "--init", out / "vla/stage2", "--episodes-per-task", 2)
+    return once(tmp_path_factory, "stages", train)
+
+
+@pytest.fixture(scope="session")
+def same_episodes(tmp_path_factory):
+    """Episodes that are all equal and hold one frame pair: every rank sees the same batch."""
+    import data_oxe
+    folder, rng = tmp_path_factory.mktemp("same"), np.random.default_rng(0)
+    images = rng.integers(0, 255, (9, 64, 64, 3), np.uint8)
+    action = rng.standard_normal((9, 4))
+    with data_oxe.EpisodeWriter(str(folder), "metaworld_corner4", 64, 4, 4) as writer:
+        for i in range(8):
+            writer.add(images, np.zeros((9, 4)), action, action, np.zeros(9), "Do it", task="x",
+                       seed=i, success=True, file_path="")
+    return folder

@@ -1,0 +1,235 @@
+"""vla.py and finetune.py: trunk, heads, hand-over files and their faults, tiny, on CPU, offline."""
+import contextlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from common import OnlyMeta
+
+import data_oxe
+import finetune
+import vla
+from test_laq import loader_of, overfit
+
+
+def batch_of(device, n=8, datasets=1):
+    """What to_inputs gives, of zeros."""
+    with torch.device(device):
+        number = torch.zeros(n, dtype=torch.int64)
+        return {"images": torch.zeros(n, 64, 64, 3, dtype=torch.uint8), "codes": number.view(n, 1) + 1,
+                "ids": number[:, None].expand(n, 16), "mask": number[:, None].expand(n, 16) + 1,
+                "state": torch.zeros(n, 4), "actions": torch.zeros(n, 8, 4), "dataset": number,
+                "action_mask": torch.ones(n, 8, dtype=torch.bool)}
+
+
+def stats_of(datasets=1):
+    table = {f"{x}_{y}": torch.full((datasets, 4), float(y == "scale"))
+             for x in ("action", "state") for y in ("offset", "scale")}
+    return {**table, "action_real": torch.ones(datasets, 4)}
+
+
+# ------------------------------------------------------------ models
+def test_stages_can_learn_a_batch_by_heart(data, stages):
+    torch.manual_seed(0)
+    batch, device = next(iter(loader_of(data, "train", 8, chunk=8))), torch.device("cpu")
+    tensors = data_oxe.to_device(batch, device, 64)
+    trunk, tokenizer = vla.load_trunk("tiny", 16)
+    tokens = vla.Tokens(tokenizer, 16)
+    labeller = vla.load_labeller(str(stages / "laq/laq.pt2"), device)
+    model = vla.LatentPolicy(vla.Config(), trunk, labeller.codebook)
+    inputs = vla.to_inputs(tensors, labeller, trunk, tokens, device)
+    overfit(model, lambda: model(inputs)["flow"], 150)
+    codes = model.predict(inputs, torch.randn(8, model.S * model.R))
+    assert (codes == inputs["codes"]).float().mean() > 0.9
+
+    stats = stats_of() | {"action_scale": torch.full((1, 4), 2.0)}
+    policy = finetune.Policy(finetune.Config(), finetune.load_trunk("tiny", 16)[0], stats)
+    inputs = finetune.to_inputs(tensors, tokens, device)
+    overfit(policy, lambda: policy(inputs)["flow"], 250)
+    actions, mask = inputs["actions"], inputs["action_mask"]
+    error = (policy.act(inputs, torch.randn(actions.shape)) - actions)[mask].abs().mean()
+    assert error < 0.3 * actions[mask].abs().mean()
+
+
+def test_a_step_is_of_one_device_and_stands_bfloat16(monkeypatch):
+    """What a GPU would see, in two halves: the step on a device of its own, and autocast."""
+    def step(device):
+        with torch.device(device):
+            trunk = vla.Trunk(vla.SmolVLMModel(vla.tiny_config()))
+            models = [vla.LatentPolicy(vla.Config(), trunk, torch.ones(1, 8, 16)),
+                      finetune.Policy(finetune.Config(), trunk, stats_of())]
+            noises = torch.zeros(8, 7), torch.zeros(8, 8, 4)
+        batch = batch_of(device)
+        for model, noise in zip(models, noises):
+            with OnlyMeta(monkeypatch) if device == "meta" else \
+                    contextlib.nullcontext():
+                with torch.autocast(device, torch.bfloat16):
+                    loss = sum(model(batch).values())
+                loss.backward()
+                out = (model.predict if hasattr(model, "predict") else model.act)(batch, noise)
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            assert len(grads) > 40 and all(g.device.type == device for g in grads)
+            assert out.device.type == device and loss.dtype == torch.float32
+    step("cpu")
+    step("meta")
+
+
+def test_labeller_moves_to_another_device(stages):
+    """As to a GPU: every start of vla.py there depends on it."""
+    labeller = vla.load_labeller(str(stages / "laq/laq.pt2"), torch.device("meta"))
+    codes = labeller(torch.zeros(3, 2, 64, 64, 3, dtype=torch.uint8, device="meta"))
+    assert codes.device.type == "meta" and codes.shape == (3, 2) and codes.dtype == torch.int64
+
+
+def test_labels_are_made_in_full_precision(stages):
+    """TF32 is on elsewhere; where labels are made it is off, and on again after."""
+    labeller, seen = vla.load_labeller(str(stages / "laq/laq.pt2"), torch.device("cpu")), []
+    program = labeller.program
+
+    def watched(frames):
+        seen.append(torch.get_float32_matmul_precision())
+        return program(frames)
+    labeller.program = watched
+    try:
+        torch.set_float32_matmul_precision("high")
+        labeller(torch.zeros(1, 2, 64, 64, 3, dtype=torch.uint8))
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_each_dataset_has_its_own_units_and_dimensions():
+    """A batch of two robots: a dimension that only one has is no target of the other, and each
+    one's actions are scaled by its own statistics."""
+    class Loader:
+        names, action_dim = ("arm", "base"), 4
+        plans = [type("Plan", (), {"entry": data_oxe.Entry(**{**ENTRY, "action": spec})})
+                 for spec in ("action:dddg", "action:dd")]
+
+        def peek(self, n):
+            rng = np.random.default_rng(0)
+            actions = rng.uniform(-1, 1, (64, 8, 4)).astype(np.float32)
+            dataset = np.arange(64) % 2
+            actions[dataset == 1] *= [100, 100, 0, 0]
+            yield {"actions": actions, "action_mask": np.ones((64, 8), bool), "dataset": dataset,
+                   "state": rng.uniform(-1, 1, (64, 4)).astype(np.float32)}
+    stats = finetune.statistics(Loader(), "quantile")
+    assert stats["action_scale"][:, 0].tolist() == pytest.approx([0.98, 98], rel=0.03)
+    assert stats["action_real"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    policy = finetune.Policy(finetune.Config(), finetune.load_trunk("tiny", 16)[0], stats)
+    batch = batch_of("cpu", 4) | {"dataset": torch.tensor([0, 1, 1, 0])}
+    targets = []
+    policy.head.loss = lambda x, cond, weight: targets.append((x, weight)) or x.sum()
+    batch["actions"] = stats["action_scale"][batch["dataset"]][:, None].expand(-1, 8, -1)
+    policy(batch)
+    x, weight = (v.view(4, 8, 4) for v in targets[0])
+    assert weight[:, 0].tolist() == stats["action_real"][batch["dataset"]].tolist()
+    assert (x * weight).amax() == pytest.approx(1, abs=0.1)
+    Loader.names = ("arm", "base", "absent")
+    with pytest.raises(SystemExit, match="none of the first 64 samples is of dataset 'absent'"):
+        finetune.statistics(Loader(), "quantile")
+
+
+def test_long_instructions_are_not_cut_in_silence(capsys):
+    _, tokenizer = vla.load_trunk("tiny", 16)
+    tokens = vla.Tokens(tokenizer, 8)
+    for _ in range(2):
+        ids, mask = tokens(["open the drawer", "go"], "cpu")
+    assert ids.shape == (2, 8) and mask.sum(1).tolist() == [8, 3]
+    assert capsys.readouterr().err.count("--text-len 8 cuts the 16 tokens of 'open the drawer'") == 1
+
+
+# ------------------------------------------------------------ hand-over
+def test_pretrained_trunk_by_name(tmp_path):
+    """A SmolVLM2 folder loads with its weights, cut to fewer layers; without weights, or with half
+    of them, it is an error."""
+    from transformers import SmolVLMForConditionalGeneration
+    trunk, tokenizer = vla.load_trunk("tiny", 16)
+    whole = SmolVLMForConditionalGeneration(trunk.vlm.config)
+    folders = str(tmp_path / "trunk"), 1, str(tmp_path / "tokenizer")
+    whole.save_pretrained(folders[0])
+    tokenizer.save_pretrained(folders[2])
+    loaded, _ = vla.load_trunk(*folders)
+    assert len(loaded.vlm.text_model.layers) == 1
+    same = "connector.modality_projection.proj.weight"
+    assert torch.equal(loaded.vlm.get_parameter(same), whole.model.get_parameter(same))
+    weights = tmp_path / "trunk/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(SystemExit, match="no pretrained SmolVLM2"):
+        vla.load_trunk(*folders)
+    weights.unlink()
+    with pytest.raises(SystemExit, match="no pretrained SmolVLM2"):
+        vla.load_trunk(*folders)
+
+
+def test_stage2_reaches_the_policy(stages):
+    """finetune starts from vla's very trunk and readout, and policy.pt2 acts as the checkpoint."""
+    state = torch.load(stages / "vla/last.pt", weights_only=True)["model"]
+    cfg = finetune.Config(init=str(stages / "vla/stage2"))
+    manifest = finetune.read_stage2(cfg)
+    trunk, _ = finetune.load_stage2(cfg, manifest)
+    for name, value in trunk.state_dict().items():
+        assert torch.equal(value, state[f"trunk.{name}"]), name
+    assert manifest["labeller"]["schema"] == "laq.v1"
+    saved = torch.load(stages / "ft/last.pt", weights_only=True)
+    policy = finetune.Policy(finetune.Config(**saved["config"]), trunk, stats_of())
+    policy.load_state_dict(saved["model"])
+    program, _ = vla.open_program(stages / "ft/policy/policy.pt2")
+    program = program.module()
+    images = torch.randint(0, 255, (3, 64, 64, 3), dtype=torch.uint8)
+    ones, noise = torch.ones(3, 32, dtype=torch.long), torch.randn(3, 8, 4)
+    example = {"images": images, "state": torch.randn(3, 4), "ids": ones, "mask": ones}
+    actions = program(*example.values(), noise)
+    torch.testing.assert_close(actions, policy.act(example, noise), rtol=1e-3, atol=1e-4)
+    dark = example | {"images": torch.zeros_like(images)}
+    assert not torch.allclose(program(*dark.values(), noise), actions)
+    policy.cfg.blind = True
+    assert torch.equal(policy.act(dark, noise), policy.act(example, noise))
+    manifest = json.loads((stages / "ft/policy/manifest.json").read_text())
+    assert manifest["units_of"] == "metaworld_corner4" and manifest["chunk"] == 8
+
+
+@pytest.mark.parametrize("broken, says", [
+    ("heads.safetensors", "heads.safetensors' is damaged or missing"),
+    ("trunk/model.safetensors", "no pretrained SmolVLM2 at"), ("manifest.json", "is damaged")])
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+def test_a_broken_stage2_is_one_line(broken, says, how, stages, tmp_path):
+    folder = tmp_path / "stage2"
+    shutil.copytree(stages / "vla/stage2", folder)
+    content = (folder / broken).read_bytes()
+    (folder / broken).unlink()
+    if how == "truncated":
+        (folder / broken).write_bytes(content[:len(content) // 2])
+    elif broken == "manifest.json":
+        says = "manifest.json is missing"
+    args = ["--init", str(folder), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as error:
+        finetune.main(tyro.cli(finetune.Config, args=args))
+    assert says in error.value.code and str(folder) in error.value.code
+    assert "\n" not in error.value.code
+
+
+def test_a_policy_needs_actions(tmp_path):
+    """Videos without actions are said to be that, not learned from with a loss of zero."""
+    import fakes
+    folder = tmp_path / "data"
+    fakes.write_fake(str(folder), "tidybot", data_oxe.REGISTRY["tidybot"], 4, 12,
+                     fakes.fake_frames(12, 64))
+    args = ["--data", str(folder), "--mix", "tidybot", "--init", "none", "--out", str(tmp_path / "o")]
+    with pytest.raises(SystemExit, match="no dataset of --mix 'tidybot' has actions"):
+        finetune.main(tyro.cli(finetune.Config, args=args))
+
+
+def test_another_holdout_than_the_stage_before_is_said(capsys):
+    cfg = finetune.Config(val_fraction=0.2)
+    finetune.warn_of_holdout(cfg, {"val_fraction": 0.2, "holdout": ""}, "runs/vla/stage2")
+    assert not capsys.readouterr().err
+    finetune.warn_of_holdout(cfg, {"val_fraction": 0.1, "holdout": ""}, "runs/vla/stage2")
+    assert "was trained with val_fraction 0.1, this is 0.2" in capsys.readouterr().err
+
+
+ENTRY = dict(version="1.0.0", frame="64x64 png", image="observation/image",
+             instruction="language_instruction", action="", state="observation/state:4", hz=10)
