@@ -155,6 +155,9 @@ class Loader:
                       for name in parse_mix(cfg.mix)]
         self.describe_mix()
         self.faults = Faults(self.plans, cfg.max_bad)
+        self.seed = seed + 1_000_003 * rank if split == "train" else seed
+        open_files = max(1, 8 // len(self.plans))
+        self.records = Records(self.plans, self.seed, open_files, self.faults.opened)
         self.pipeline = None, None                              # position, tf.data iterable
 
         share = shares(cfg, {p.name: p.frames for p in self.plans})
@@ -166,7 +169,6 @@ class Loader:
         block_bytes = 1e6 * held_mb / 2                         # the next block is read meanwhile
         draws = int(block_bytes / np.average(pair_bytes, weights=per_draw))
         self.block_size = max(1, min(draws, self.faults.episodes))
-        self.seed = seed + 1_000_003 * rank if split == "train" else seed
         self.position = (0, 0)                                  # block, pairs taken of it
         self.drawn = (0, np.zeros(len(self.plans), int))        # block, draws of each before it
         self.identity = {
@@ -265,12 +267,11 @@ class Loader:
         them, with "block" and "number" in it."""
         block, taken = position
         drawn = self.draws_before(block)
-        records = Records(self.plans, self.seed, max(1, 8 // len(self.plans)))
         A = max(1, self.action_dim)                             # tf.data breaks at width 0
         streams = []
         for i, plan in enumerate(self.plans):
             read = Reader(plan, i, A, self.state_dim, self.seed, self.demonstrations).parse
-            streams.append(records.start_at(i, int(drawn[i])).map(no_autograph(read)))
+            streams.append(self.records.start_at(i, int(drawn[i])).map(no_autograph(read)))
         blocks = tf.data.Dataset.range(block, FOREVER)
         mixed = streams[0]
         if len(streams) > 1:
@@ -689,8 +690,9 @@ class Records:
     seconds); what differs between them stands in tables, a row a file or a row a dataset.
     """
 
-    def __init__(self, plans: list, seed: int, open_files: int):
-        self.seed, self.open_files = seed, open_files
+    def __init__(self, plans: list, seed: int, open_files: int, opened):
+        """opened: fn(path) -> path, of a file that can be opened; else it raises."""
+        self.seed, self.open_files, self.opened = seed, open_files, opened
         files = [file for plan in plans for file in plan.files]
         kept = [np.flatnonzero(file.keep) for file in files]
         self.sizes = np.array([len(rows) for rows in kept])     # episodes that a file gives
@@ -749,7 +751,9 @@ class Records:
 
     def file(self, row):
         """(episode number, record) of one file's kept episodes."""
-        records = tf.data.TFRecordDataset(self.path[row], buffer_size=0).ignore_errors()
+        path = tf.numpy_function(self.opened, [self.path[row]], tf.string)
+        path = tf.ensure_shape(path, [])
+        records = tf.data.TFRecordDataset(path, buffer_size=0).ignore_errors()
         records = records.concatenate(tf.data.Dataset.from_tensors("").repeat())
         records = records.skip(self.start[row]).take(self.length[row])
         records = records.enumerate(self.number[row])
@@ -788,6 +792,17 @@ class Faults:
                 print(f"data_oxe: skipped {'a pair of ' if fault == 5 else ''}{where}",
                       file=sys.stderr, flush=True)
             return np.int32(-1 if self.too_bad() else 0)
+
+    def opened(self, path: bytes) -> bytes:
+        """The path of a file that can be opened. Another ends the pipeline here: ignore_errors would
+        try it for ever."""
+        try:
+            with tf.io.gfile.GFile(path, "rb") as file:
+                file.read(1)
+        except tf.errors.OpError:
+            self.lost = path.decode()
+            raise
+        return path
 
     def count(self, dataset: int, episode: int, kind: int) -> int:
         """Of an episode that is not fit; says so at the 1st, 10th, 100th ..."""
@@ -1148,9 +1163,8 @@ def open_builder(data: str, name: str, entry: Entry):
     if not reach(tf.io.gfile.exists, f"{path}/features.json"):
         there = [x.split("/")[-2] for x in reach(tf.io.gfile.glob, f"{folder}/*/features.json")]
         other = f"; there is version {', '.join(there)}" if there else ""
-        record = f", or record it: python rollout.py --record --data {data}"
         fail(f"no dataset at '{path}' (features.json is missing){other}; check --data '{data}', "
-             f"which should hold NAME/VERSION{record if name.startswith('metaworld') else ''}")
+             f"which should hold NAME/VERSION")
     return tfds.builder_from_directory(path)
 
 
@@ -1236,8 +1250,11 @@ def find_entry(data: str, name: str) -> Entry:
     folder = f"{data.rstrip('/')}/{name}"
     own = sorted(reach(tf.io.gfile.glob, f"{folder}/*/entry.json"))
     if not own:
+        record = ""
+        if name.startswith("metaworld_"):
+            record = f"; record it: python rollout.py --record --data {data}"
         fail(f"unknown dataset '{name}': not in the registry (python data_oxe.py list), nor is "
-             f"there '{folder}/VERSION/entry.json'")
+             f"there '{folder}/VERSION/entry.json'{record}")
     try:
         stored = json.loads(tf.io.gfile.GFile(own[-1]).read())
         stored = {"skip" if key == "first" else key: value for key, value in stored.items()}
@@ -1253,8 +1270,8 @@ def reach(look, path: str):
         return look(path)
     except tf.errors.OpError as error:
         fail(f"cannot reach '{path}' ({type(error).__name__}); check the network, the bucket's "
-             f"name in --data and your credentials (gcloud auth application-default login), or copy "
-             f"the dataset to a local folder")
+             f"name in --data and your credentials (gcloud auth application-default login), or "
+             f"copy the dataset to a local folder")
 
 
 def fail(message: str):
@@ -1413,19 +1430,19 @@ class DatasetWriter:
 
 
 class EpisodeWriter(DatasetWriter):
-    """Episodes of the simulator, in the schema of the metaworld entries."""
+    """Episodes of a simulator. entry: with keys action, executed_action and observation/state."""
 
-    def __init__(self, data: str, name: str, image_size: int, action_dim: int, state_dim: int):
+    def __init__(self, data: str, name: str, entry: Entry, image_size: int):
         f = tfds.features
-        action = f.Tensor(shape=(action_dim,), dtype=np.float32)
+        action = f.Tensor(shape=(len(kinds_of(entry.action)),), dtype=np.float32)
         image = f.Image(shape=(image_size, image_size, 3), encoding_format="png")
-        state = f.Tensor(shape=(state_dim,), dtype=np.float32)
+        state = f.Tensor(shape=(len(kinds_of(entry.state)),), dtype=np.float32)
         metadata = {"task": f.Text(), "seed": np.int64, "success": np.bool_, "file_path": f.Text()}
         steps = {"observation": {"image": image, "state": state}, "action": action,
                  "executed_action": action, "language_instruction": f.Text(),
                  "reward": np.float32, "discount": np.float32,
                  "is_first": np.bool_, "is_last": np.bool_, "is_terminal": np.bool_}
-        super().__init__(data, name, REGISTRY[name],
+        super().__init__(data, name, entry,
                          {"episode_metadata": metadata, "steps": f.Dataset(steps)})
 
     def add(self, images, state, action, executed_action, reward, instruction: str, *, task: str,
@@ -1768,11 +1785,7 @@ def jpeg_square(frame, size: int) -> bytes:
 NATURAL = "observation/natural_language_instruction"
 WORLD = "action/world_vector:ddd action/rotation_delta:ddd"
 GRIPPER = " action/gripper_closedness_action:g"
-METAWORLD = Entry("1.0.0", "64x64 png", action="action:dddg", state="observation/state:4", hz=80,
-                  offset=8, executed="executed_action:dddg")
 REGISTRY: dict[str, Entry] = {
-    **{f"metaworld_{camera}": METAWORLD for camera in (
-        "corner", "corner2", "corner3", "corner4", "topview", "behindGripper", "gripperPOV")},
     "fractal20220817_data": Entry(
         frame="256x320 jpeg", instruction=NATURAL, action=WORLD + GRIPPER,
         state="observation/base_pose_tool_reached:7 observation/gripper_closed:1", hz=3, offset=3),

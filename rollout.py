@@ -1,123 +1,113 @@
-"""Stage 4: run a policy, or a scripted expert, in Meta-World: success rates, videos, recorded RLDS episodes.
+"""Stage 4: run a policy, or a scripted expert, in a simulator: success rates, videos, episodes.
 
-    python rollout.py --record --episodes 30 --data data             # experts -> data/metaworld_corner4/1.0.0
-    python rollout.py --policy runs/finetune/policy --episodes 50    # success per task, a GIF a task, results.json
-    torchrun --nproc_per_node=2 rollout.py --policy POLICY           # the same, episodes divided over processes
+    python rollout.py --record --episodes 30 --data data                # experts -> RLDS
+    python rollout.py --policy runs/finetune/policy --episodes 50       # success, a GIF a task
+    torchrun --nproc_per_node=2 rollout.py --policy POLICY              # episodes divided
+    python rollout.py --compare latent=runs/a none=runs/b               # a table of evaluations
 
-In: a `policy/` folder as finetune.py exports it (policy.pt2, tokenizer files, manifest.json `policy.v1`).
-Out: OUT/results.json and OUT/TASK.gif, or with --record an RLDS dataset that data_oxe.py reads.
+In: a policy/ folder as finetune.py exports it (policy.pt2, tokenizer, manifest.json `policy.v1`).
+Out: OUT/results.json and OUT/TASK.gif; OUT/episodes_RANK.jsonl holds the episodes as they end. With
+--record DATA/WORLD_CAMERA/VERSION, which data_oxe.py reads.
 
-Simulation runs in spawned worker processes that never import TensorFlow: its libraries and Mesa's renderer crash in
-one process. Pictures differ from stock Meta-World (no shadows, reflections or multisampling; rendered at twice the
-size and averaged): ten times faster on a CPU, but scores on pixels are not comparable with published ones. --stock
-renders as shipped.
+Simulation runs in spawned worker processes that never import TensorFlow: its libraries and Mesa's
+renderer crash in one process.
 
-Letters: T time, C chunk, A action width, Ds state width.
+Worlds: Meta-World (arXiv 1910.10897). Letters: T time, C chunk, A action width, Ds state width.
 """
+import io
 import json
 import math
 import os
+import re
+import signal
 import sys
 import time
+import traceback
 import warnings
-import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
+import cv2
+import imageio.v3 as iio
 import numpy as np
 import tyro
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 os.environ.setdefault("MUJOCO_GL", "egl")
-os.environ.setdefault("OMP_NUM_THREADS", "1")          # before the workers load torch: one core each
-RENDERING = "rendering needs EGL or OSMesa: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri"
-
-# One sentence a task. Tasks of the same words would be one task to a language-conditioned policy.
-INSTRUCTIONS = {
-    "assembly": "Put the ring on the peg", "basketball": "Dunk the ball into the basket",
-    "bin-picking": "Move the block to the other bin", "box-close": "Put the lid on the box",
-    "button-press-topdown": "Press the button from above",
-    "button-press-topdown-wall": "Press the button from above behind a wall", "button-press": "Press the button",
-    "button-press-wall": "Press the button behind a wall", "coffee-button": "Press the coffee machine's button",
-    "coffee-pull": "Pull the mug from the coffee machine", "coffee-push": "Push the mug under the coffee machine",
-    "dial-turn": "Turn the dial", "disassemble": "Take the ring off the peg", "door-close": "Close the door",
-    "door-lock": "Lock the door", "door-open": "Open the door", "door-unlock": "Unlock the door",
-    "hand-insert": "Put the hand into the hole", "drawer-close": "Close the drawer", "drawer-open": "Open the drawer",
-    "faucet-open": "Open the faucet", "faucet-close": "Close the faucet", "hammer": "Hammer the nail",
-    "handle-press-side": "Press the handle down from the side", "handle-press": "Press the handle down",
-    "handle-pull-side": "Pull the handle up from the side", "handle-pull": "Pull the handle up",
-    "lever-pull": "Pull the lever up", "pick-place-wall": "Lift the puck over the wall to the goal",
-    "pick-out-of-hole": "Take the puck out of the hole", "pick-place": "Lift the puck to the goal",
-    "plate-slide": "Slide the plate into the cabinet", "plate-slide-side": "Slide the plate sideways into the cabinet",
-    "plate-slide-back": "Slide the plate out of the cabinet",
-    "plate-slide-back-side": "Slide the plate sideways out of the cabinet",
-    "peg-insert-side": "Put the peg into the side of the box", "peg-unplug-side": "Pull the peg out sideways",
-    "soccer": "Kick the ball into the goal", "stick-push": "Push the box with the stick",
-    "stick-pull": "Pull the box with the stick", "push": "Push the puck to the goal",
-    "push-wall": "Push the puck around the wall to the goal", "push-back": "Pull the puck back to the goal",
-    "reach": "Reach the goal", "reach-wall": "Reach the goal behind the wall", "shelf-place": "Put the puck on the shelf",
-    "sweep-into": "Sweep the puck into the hole", "sweep": "Sweep the puck off the table",
-    "window-open": "Open the window", "window-close": "Close the window",
-}
-CAMERAS = ("corner", "corner2", "corner3", "corner4", "topview", "behindGripper", "gripperPOV")
-ACTION_DIM, STATE_DIM = 4, 4                            # xyz and gripper: commanded; measured
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # before the workers load torch: one core each
+SEEDS = 10_000                              # environment seeds in a block
+EVALUATION = 1_000_000_000                  # first seed of evaluations; recordings stay below
+TRIES = 20                                  # seeds an expert may fail at for one episode
 
 
 @dataclass
 class Config:
-    record: bool = False
-    """Record the scripted experts instead of evaluating a policy."""
-    policy: str = "runs/finetune/policy"
-    """Folder that finetune.py exported."""
-    out: str = "runs/rollout"
-    """Where an evaluation writes results.json and videos."""
-    data: str = "data"
-    """Where --record writes metaworld_CAMERA/1.0.0."""
-    tasks: tuple[str, ...] = ("button-press-topdown", "drawer-open", "window-open", "door-open", "faucet-open",
-                              "faucet-close")
-    """Meta-World tasks without the -v3."""
-    episodes: int = 20
-    """Episodes a task; when recording, successful ones."""
-    camera: str = "corner4"
-    """View of --record; a policy's manifest names its own."""
-    image_size: int = 64
-    """Pixels a side of recorded images."""
-    stock: bool = False
-    """Render as Meta-World ships it: shadows, reflections, multisampling; about ten times slower."""
-    noise: float = 0.2
-    """Standard deviation of the slow random push added to the expert's actions, which span -1..1."""
-    max_steps: int = 200
-    """Steps after which an episode has failed; the simulator's own limit is 500."""
-    replan: int = 0
-    """Actions executed of each predicted chunk before the next picture is taken; 0: all."""
-    compare: tuple[str, ...] = ()
-    """Instead of running anything: one table of finished evaluations, given as NAME=FOLDER; writes OUT/results.json."""
-    seed: int = 0
-    """Block of 10,000 environment seeds. Recording and evaluation never share one."""
-    workers: int = 0
-    """Simulation processes; 0: one a core."""
+    world: str = "metaworld"                # simulator, a name of WORLDS
+    tasks: tuple[str, ...] = (              # of the world
+        "button-press-topdown", "drawer-open", "window-open", "door-open", "faucet-open",
+        "faucet-close")
+    episodes: int = 20                      # episodes a task; when recording, successful ones
+    camera: str = ""                        # view; '': corner4, or the one a policy learned from
+    max_steps: int = 200                    # steps after which an episode has failed
+    stock: bool = False                     # render as Meta-World ships it, ten times slower
+    seed: int = 0                           # block of 10,000 environment seeds
+    workers: int = 0                        # simulation processes; 0: one a core, if memory allows
+
+    # evaluation
+    policy: str = "runs/finetune/policy"    # folder that finetune.py exported
+    out: str = "runs/rollout"               # where results and videos go
+    replan: int = 0                         # actions executed of each predicted chunk; 0: all
+    compare: tuple[str, ...] = ()           # finished evaluations NAME=FOLDER, instead of running
+
+    # recording
+    record: bool = False                    # record the scripted experts instead of evaluating
+    data: str = "data"                      # where the dataset goes
+    image_size: int = 64                    # pixels a side of recorded pictures
+    noise: float = 0.2                      # deviation of a slow random push on actions in -1..1
 
 
-def fail(message: str):
-    """A user's error: one line, exit code 1, no traceback."""
-    raise SystemExit(f"{Path(sys.argv[0]).stem}: {message}")
+# ------------------------------------------------------------ worlds
+class MetaWorld:
+    """One Meta-World task, in a worker process.
 
+    reset(seed) is reproducible to the pixel; step(action (A,)) -> reward, success; state float32
+    (Ds,); image(size) -> uint8 (size, size, 3); expert() -> what the scripted policy commands, (A,)
 
-# ---------------------------------------------------------------------------------------------- simulator
-class Simulator:
-    """One Meta-World task. reset(seed) is reproducible to the pixel; step(action (4,)) -> (reward, success)."""
+    Pictures differ from stock Meta-World: no shadows, reflections or multisampling, rendered at
+    twice the size and averaged. Ten times faster on a CPU, but scores on pixels are not comparable
+    with published ones.
+    """
+
+    cameras = "corner4", "corner", "corner2", "corner3", "topview", "behindGripper", "gripperPOV"
+    action_dim, state_dim = 4, 4            # xyz and gripper: commanded; measured
+    pushed = np.array([1, 1, 1, 0])         # action dimensions that the random push moves
+    longest = 500                           # steps that the simulator allows
+    entry = dict(                           # as data_oxe.Entry: how recorded episodes are read
+        version="1.0.0", action="action:dddg", executed="executed_action:dddg",
+        state="observation/state:4", hz=80, offset=8)
+
+    @staticmethod
+    def sentences() -> dict[str, str]:
+        return METAWORLD_SENTENCES
 
     def __init__(self, task: str, camera: str, stock: bool):
         import mujoco
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+        from metaworld.policies import ENV_POLICY_MAP
         self.env = env = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
-        # random starts drawn from env.seed(), goal visible to the expert (reset(seed=) is ignored by Meta-World)
-        env.seeded_rand_vec, env._freeze_rand_vec, env._set_task_called, env._partially_observable = True, False, True, False
-        env.__dict__.pop("sawyer_observation_space", None)             # cached for the other observability
-        self.stock, self.scale = stock, 1 if stock else 2
+        self.scripted = ENV_POLICY_MAP[f"{task}-v3"]
+        env.seeded_rand_vec = True          # starts are drawn from env.seed(): reset ignores seeds
+        env._freeze_rand_vec = False
+        env._set_task_called = True
+        env._partially_observable = False   # the expert sees the goal
+        env.__dict__.pop("sawyer_observation_space", None)  # cached for the other observability
+        self.scale = 1 if stock else 2
         if not stock:
             env.model.vis.quality.offsamples = 0
             env.model.light_castshadow[:] = 0
@@ -130,57 +120,146 @@ class Simulator:
     def reset(self, seed: int):
         self.env.seed(seed)
         self.observation, _ = self.env.reset()
+        self.policy = self.scripted()
 
-    def step(self, action: np.ndarray):
-        self.observation, reward, _, _, info = self.env.step(np.clip(action, -1, 1).astype(np.float32))
+    def step(self, action: np.ndarray) -> tuple[float, bool]:
+        action = np.clip(action, -1, 1).astype(np.float32)
+        self.observation, reward, _, _, info = self.env.step(action)
         return reward, bool(info["success"])
+
+    def expert(self) -> np.ndarray:
+        warnings.filterwarnings("ignore", "Constant")       # they exceed -1..1 by design
+        return np.clip(self.policy.get_action(self.observation), -1, 1)
 
     @property
     def state(self) -> np.ndarray:
-        """float32 (4,): end effector xyz in metres, gripper opening 0..1."""
+        """End effector xyz in metres, gripper opening 0..1."""
         return self.observation[:4].astype(np.float32)
 
     def image(self, size: int) -> np.ndarray:
-        """uint8 (size, size, 3)."""
         import mujoco
-        s = self.scale
+        scale = self.scale
         if size not in self.renderers:
-            g = self.env.model.vis.global_
-            g.offwidth, g.offheight = max(g.offwidth, s * size), max(g.offheight, s * size)
-            self.renderers[size] = mujoco.Renderer(self.env.model, s * size, s * size)
+            buffer = self.env.model.vis.global_
+            buffer.offwidth = max(buffer.offwidth, scale * size)
+            buffer.offheight = max(buffer.offheight, scale * size)
+            self.renderers[size] = mujoco.Renderer(self.env.model, scale * size, scale * size)
         self.renderers[size].update_scene(self.env.data, camera=self.camera)
-        x = self.renderers[size].render()[::-1, ::-1]                  # Meta-World's cameras stand on their heads
-        return np.ascontiguousarray(x.reshape(size, s, size, s, 3).mean((1, 3)).round().astype(np.uint8))
+        x = self.renderers[size].render()[::-1, ::-1]       # its cameras stand on their heads
+        x = x.reshape(size, scale, size, scale, 3).mean((1, 3))
+        return np.ascontiguousarray(x.round().astype(np.uint8))
 
 
-# ---------------------------------------------------------------------------------------------- worker processes
-_simulators: dict = {}
-_policy = None
+WORLDS = {"metaworld": MetaWorld}
 
 
-def start_worker(policy_folder: str | None):
-    """Runs once in each worker. A renderer that cannot start ends the worker, which the parent reports."""
-    global _policy
-    try:
-        import mujoco
-        mujoco.GLContext(64, 64).free()
-    except Exception as e:                                             # bindings fail in many ways, all for one reason
-        print(f"no renderer: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
-        os._exit(1)
-    if policy_folder:
+@cache
+def world_at(name: str, task: str, camera: str, stock: bool):
+    """A worker's simulator of a task; built once, as that takes a second."""
+    return WORLDS[name](task, camera, stock)
+
+
+# ------------------------------------------------------------ evaluation
+def policy_episode(task: str, seed: int, cfg: Config, spec: dict, tokens, film: bool) -> dict:
+    """One closed-loop episode; with `film` also its frames at 160 px, 20 a second.
+
+    spec: of load_manifest. tokens: ids and mask of the task's sentence, lists of L.
+    """
+    import torch
+    policy, world = policy_at(cfg.policy), world_at(cfg.world, task, spec["camera"], cfg.stock)
+    rng = np.random.default_rng(seed)
+    ids, mask = (torch.tensor([x]) for x in tokens)                     # (1, L) each
+    frames, queue, success, steps = [], [], False, 0
+    world.reset(seed)
+    while steps < cfg.max_steps and not success:
+        if not queue:
+            image = as_loaded(world.image(spec["source_size"]), spec)
+            noise = rng.standard_normal((1, spec["chunk"], spec["action_dim"]), np.float32)
+            inputs = (torch.from_numpy(x) for x in (image[None], world.state[None], noise))
+            image, state, noise = inputs
+            with torch.inference_mode():
+                chunk = policy(image, state, ids, mask, noise)[0]       # (C, A)
+            queue = list(chunk.numpy()[:cfg.replan or None])
+        if film and steps % 4 == 0:
+            frames.append(world.image(160))
+        _, success = world.step(queue.pop(0))
+        steps += 1
+    if film:
+        frames += [world.image(160)] * 10
+    return dict(task=task, seed=seed, success=success, steps=steps, frames=frames)
+
+
+def as_loaded(image: np.ndarray, spec: dict) -> np.ndarray:
+    """A rendered picture at the policy's size, resized as the loader resized the recorded ones."""
+    size = spec["image_size"]
+    if image.shape[0] == size:
+        return image
+    if spec["config"]["resize"] == "gpu":
         import torch
-        torch.set_num_threads(1)
-        _policy = torch.export.load(f"{policy_folder}/policy.pt2").module()
+        x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+        x = torch.nn.functional.interpolate(x, (size, size), mode="bilinear", antialias=True)
+        return x[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy()
+    shrinks = image.shape[0] >= 2 * size
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(image, (size, size), interpolation=how)
 
 
-def simulator(task: str, camera: str, stock: bool) -> Simulator:
-    if (task, camera, stock) not in _simulators:
-        _simulators[task, camera, stock] = Simulator(task, camera, stock)
-    return _simulators[task, camera, stock]
+def evaluate(cfg: Config):
+    """Closed loop on seeds that recording never uses; prints and writes success per task with 95%
+    intervals. Under torchrun, processes take every nth episode and meet when all are done."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        import torch.distributed as dist
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    spec, out = load_manifest(cfg), Path(cfg.out)
+    tokens = tokenize(cfg, spec)
+    first = EVALUATION + cfg.seed * SEEDS
+    jobs = [(policy_episode, task, seed, cfg, spec, tokens[task], seed == first)
+            for seed in range(first, first + cfg.episodes) for task in cfg.tasks]
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / f"episodes_{rank}.jsonl").open("w") as log:
+        for result in run_jobs(jobs[rank::processes], workers_here(cfg), "rollout"):
+            if frames := result.pop("frames"):
+                write_video(out / f"{result['task']}.gif", frames, result)
+            log.write(json.dumps(result) + "\n")
+            log.flush()
+    if processes > 1:
+        dist.barrier()
+    if rank == 0:
+        logs = [out / f"episodes_{i}.jsonl" for i in range(processes)]
+        results = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+        summarize(results, cfg, spec)
 
 
+def summarize(results: list[dict], cfg: Config, spec: dict):
+    """Prints success per task with its 95% interval and writes OUT/results.json."""
+    table = {}
+    for task in [*cfg.tasks, "all"]:
+        mine = [r for r in results if task in (r["task"], "all")]
+        successes, n = sum(r["success"] for r in mine), len(mine)
+        low, high = wilson(successes, n)
+        rate = successes / n
+        table[task] = dict(successes=successes, episodes=n, rate=rate, low=low, high=high)
+        print(f"{task:24s} {successes:4d}/{n:<4d} {rate:.2f}  [{low:.2f}, {high:.2f}]")
+    seeds = [r["seed"] for r in results]
+    results = sorted(results, key=lambda r: (r["task"], r["seed"]))
+    write_json(Path(cfg.out) / "results.json", {
+        "tasks": table, "policy": cfg.policy, "policy_manifest": spec, "config": asdict(cfg),
+        "seeds": [min(seeds), max(seeds)], "episodes": results})
+    print(f"results and videos: {cfg.out}")
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of a success rate (Wilson, 1927)."""
+    p, d = successes / n, 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / d
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+# ------------------------------------------------------------ recording
 def expert_success(task: str, seeds: list[int], cfg: Config) -> dict | None:
-    """The first successful scripted episode of several seeds; how many were tried in "tried"."""
+    """The first successful scripted episode of several seeds, with how many were "tried"."""
     for tried, seed in enumerate(seeds, 1):
         episode = expert_episode(task, seed, cfg)
         if episode["success"]:
@@ -189,183 +268,203 @@ def expert_success(task: str, seeds: list[int], cfg: Config) -> dict | None:
 
 
 def expert_episode(task: str, seed: int, cfg: Config) -> dict:
-    """One scripted episode under a slow random push. The label is what the expert commanded; what was executed is kept."""
-    import imageio.v3 as iio
-    from metaworld.policies import ENV_POLICY_MAP
-    warnings.filterwarnings("ignore", "Constant")                      # experts exceed -1..1 by design; clipped below
-    sim, expert, rng = simulator(task, cfg.camera, cfg.stock), ENV_POLICY_MAP[f"{task}-v3"](), np.random.default_rng(seed)
-    sim.reset(seed)
-    push, steps, after = np.zeros(ACTION_DIM), [], None
-    for _ in range(cfg.max_steps):
-        push = 0.9 * push + cfg.noise * math.sqrt(1 - 0.9 ** 2) * rng.standard_normal(ACTION_DIM) * [1, 1, 1, 0]
-        command = np.clip(expert.get_action(sim.observation), -1, 1)
+    """One scripted episode under a slow random push. `action`, the label, is what the expert
+    commanded; `executed_action` what was done. Pictures are PNG."""
+    world, rng = world_at(cfg.world, task, cfg.camera, cfg.stock), np.random.default_rng(seed)
+    push, steps, finished = np.zeros(world.action_dim), [], None
+    world.reset(seed)
+    while len(steps) < cfg.max_steps:
+        draw = rng.standard_normal(world.action_dim) * world.pushed
+        push = 0.9 * push + cfg.noise * math.sqrt(1 - 0.9 ** 2) * draw
+        command = world.expert()
         executed = np.clip(command + push, -1, 1)
-        image, state = sim.image(cfg.image_size), sim.state
-        reward, success = sim.step(executed)
+        image, state = world.image(cfg.image_size), world.state
+        reward, success = world.step(executed)
         png = iio.imwrite("<bytes>", image, extension=".png", compress_level=3)
         steps.append((png, state, command, executed, reward))
-        if after is None and success:
-            after = len(steps)
-        if after is not None and len(steps) >= after + 5:              # a few frames of the finished task
+        if finished is None and success:
+            finished = len(steps)
+        if finished is not None and len(steps) >= finished + 5:         # a few frames of the end
             break
-    images, states, commands, executed, rewards = zip(*steps)
-    return dict(task=task, seed=seed, success=after is not None, images=images, state=np.stack(states),
-                action=np.stack(commands), executed_action=np.stack(executed), reward=np.array(rewards))
-
-
-def policy_episode(task: str, seed: int, cfg: Config, spec: dict, tokens: dict, film: bool) -> dict:
-    """One closed-loop episode of the worker's policy; with `film` also frames at 160 px, 20 a second."""
-    import cv2
-    import torch
-    sim, rng = simulator(task, spec["camera"], cfg.stock), np.random.default_rng(seed)
-    sim.reset(seed)
-    ids, mask = (torch.tensor([x]) for x in tokens[task])
-    frames, queue, success, steps = [], [], False, 0
-    while steps < cfg.max_steps and not success:
-        if not queue:
-            image = sim.image(spec["source_size"])                     # as recorded, then resized as the loader does
-            if image.shape[0] != spec["image_size"]:
-                image = cv2.resize(image, [spec["image_size"]] * 2, interpolation=cv2.INTER_LINEAR
-                                   if spec["image_size"] > image.shape[0] else cv2.INTER_AREA)
-            image = torch.from_numpy(image)[None]
-            noise = torch.from_numpy(rng.standard_normal((1, spec["chunk"], spec["action_dim"]), np.float32))
-            with torch.inference_mode():
-                chunk = _policy(image, torch.from_numpy(sim.state)[None], ids, mask, noise)[0].numpy()   # (C, A)
-            queue = list(chunk[:cfg.replan or None])
-        if film and steps % 4 == 0:
-            frames.append(sim.image(160))
-        _, success = sim.step(queue.pop(0))
-        steps += 1
-    if film:
-        frames += [sim.image(160)] * 10
-    return dict(task=task, seed=seed, success=success, steps=steps, frames=frames)
-
-
-def run_jobs(jobs: list, workers: int, policy_folder: str | None, label: str):
-    """Yields each job's result as it ends; a job is (function, *arguments). Exits when a worker dies."""
-    with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn"), start_worker, (policy_folder,)) as pool:
-        futures = [pool.submit(*job) for job in jobs]
-        try:
-            for future in tqdm(futures, desc=label, unit="episode", mininterval=2, disable=int(os.environ.get("RANK", 0)) > 0):
-                yield future.result()
-        except BrokenProcessPool:
-            fail(f"a simulation process died, see above; {RENDERING} (MUJOCO_GL={os.environ['MUJOCO_GL']})")
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-# ---------------------------------------------------------------------------------------------- the two jobs
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a success rate (Wilson, 1927)."""
-    p, d = successes / n, 1 + z * z / n
-    centre, half = (p + z * z / (2 * n)) / d, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
-    return max(0.0, centre - half), min(1.0, centre + half)
+    names = "images", "state", "action", "executed_action", "reward"
+    return {**dict(zip(names, zip(*steps))), "seed": seed, "success": finished is not None}
 
 
 def record(cfg: Config):
-    """Scripted experts -> RLDS, tasks alternating, so that any stretch of the dataset holds all of them. An episode that
-    fails is replaced by another seed's, four times at most."""
-    from data_oxe import EpisodeWriter                                 # imports TensorFlow: parent process only
-    name, want, tried, steps, began = f"metaworld_{cfg.camera}", cfg.episodes, 0, 0, time.time()
-    jobs = [(expert_success, t, [cfg.seed * 10_000 + i + want * retry for retry in range(5)], cfg)
-            for i in range(want) for t in cfg.tasks]
-    with EpisodeWriter(cfg.data, name, cfg.image_size, ACTION_DIM, STATE_DIM) as writer:
-        for (_, task, seeds, _), e in zip(jobs, run_jobs(jobs, cfg.workers, None, "record")):
-            if e is None:
-                fail(f"the expert failed at '{task}' with all of the seeds {seeds} at noise {cfg.noise}; lower --noise")
-            tried, steps = tried + e["tried"], steps + len(e["images"])
-            writer.add(e["images"], e["state"], e["action"], e["executed_action"], e["reward"], INSTRUCTIONS[task], task=task,
-                       seed=e["seed"], success=True, file_path=f"metaworld/{task}/{e['seed']}")
-    print(f"recorded {len(jobs)} episodes ({tried} tried), {steps} steps in {time.time() - began:.0f} s: {cfg.data}/{name}")
+    """Scripted experts -> RLDS, tasks alternating, so that any stretch of the dataset holds all of
+    them. An episode that fails is replaced by another seed's, or else left out and named."""
+    from data_oxe import Entry, EpisodeWriter               # imports TensorFlow: not in the workers
+    world, name = WORLDS[cfg.world], f"{cfg.world}_{cfg.camera}"
+    entry = Entry(frame=f"{cfg.image_size}x{cfg.image_size} png", **world.entry)
+    block = range(cfg.seed * SEEDS, (cfg.seed + 1) * SEEDS)
+    jobs = [(expert_success, task, list(block[i::cfg.episodes][:TRIES]), cfg)
+            for i in range(cfg.episodes) for task in cfg.tasks]
+    written, tried, steps, began = dict.fromkeys(cfg.tasks, 0), 0, 0, time.time()
+    with EpisodeWriter(cfg.data, name, entry, cfg.image_size) as writer:
+        for (_, task, seeds, _), episode in zip(jobs, run_jobs(jobs, workers_here(cfg), "record")):
+            if episode is None:
+                failed = (f"the expert failed at '{task}' with all of the {len(seeds)} seeds "
+                          f"{seeds[0]} to {seeds[-1]} at noise {cfg.noise}")
+                if not written[task]:
+                    fail(f"{failed}; lower --noise or leave the task out")
+                print(f"rollout: {failed}; left out", file=sys.stderr)
+                continue
+            written[task] += 1
+            tried, steps = tried + episode.pop("tried"), steps + len(episode["images"])
+            writer.add(**episode, instruction=world.sentences()[task], task=task,
+                       file_path=f"{cfg.world}/{task}/{episode['seed']}")
+    print(f"recorded {sum(written.values())} of {len(jobs)} episodes ({tried} tried), "
+          f"{steps} steps in {time.time() - began:.0f} s: {cfg.data}/{name}")
 
 
-def refuse_pickles(path: Path):
-    """A torch.export archive may carry pickled payloads, which run code when loaded: such a file is not opened."""
+# ------------------------------------------------------------ main
+def main(cfg: Config):
+    check(cfg)
+    if cfg.compare:
+        compare(cfg)
+    elif cfg.record:
+        record(cfg)
+    else:
+        evaluate(cfg)
+
+
+# ------------------------------------------------------------ a reader may stop here
+def check(cfg: Config):
+    """Exits where settings do not go together; fills in the world's first camera for recording."""
+    if cfg.world not in WORLDS:
+        fail(f"unknown --world '{cfg.world}'; known: {', '.join(WORLDS)}")
+    world = WORLDS[cfg.world]
+    sentences = world.sentences()
+    unknown = [task for task in cfg.tasks if task not in sentences]
+    if unknown:
+        fail(f"unknown task '{unknown[0]}'; known: {', '.join(sentences)}")
+    if cfg.record and not cfg.camera:
+        cfg.camera = world.cameras[0]
+    if cfg.camera and cfg.camera not in world.cameras:
+        fail(f"unknown camera '{cfg.camera}'; known: {', '.join(world.cameras)}")
+    if not 0 <= cfg.seed < EVALUATION // SEEDS:
+        fail(f"--seed {cfg.seed} must be in 0..{EVALUATION // SEEDS - 1}, so that recording and "
+             f"evaluation share no environment seed")
+    if not 1 <= cfg.episodes <= SEEDS // 5:
+        fail(f"--episodes {cfg.episodes} must be in 1..{SEEDS // 5} (a block has {SEEDS} seeds; "
+             f"recording may need spare ones)")
+    if not 1 <= cfg.max_steps <= world.longest:
+        fail(f"--max-steps {cfg.max_steps} must be in 1..{world.longest}, the simulator's limit")
+    if min(cfg.replan, cfg.workers) < 0:
+        fail(f"--replan {cfg.replan} and --workers {cfg.workers} must not be negative")
+    if cfg.record and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("--record starts its own processes (--workers); run it with python, not torchrun")
+
+
+# ------------------------------------------------------------ worker processes
+RENDERING = "rendering needs EGL or OSMesa: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri"
+
+
+def run_jobs(jobs: list[tuple], workers: int, label: str):
+    """Yields the results of jobs (function, *arguments) in their order. Where a worker dies, what
+    was not yielded runs again in new ones; exits where the same job's turn ends so twice."""
+    done, broken_at = 0, None
+    silent = int(os.environ.get("RANK", 0)) > 0
+    with tqdm(total=len(jobs), desc=label, unit="episode", mininterval=2, disable=silent) as bar:
+        while done < len(jobs):
+            pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker)
+            try:
+                for future in [pool.submit(*job) for job in jobs[done:]]:
+                    result = future.result()
+                    done += 1
+                    bar.update()
+                    yield result
+            except BrokenProcessPool:
+                what = f"a simulation process died at {jobs[done][1:3]}, see above"
+                if broken_at == done or not done:
+                    fail(f"{what}; {RENDERING} (MUJOCO_GL={os.environ['MUJOCO_GL']})")
+                bar.write(f"rollout: {what}; going on in new ones", file=sys.stderr)
+                broken_at = done
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def start_worker():
+    """Runs once in each worker. A renderer that cannot start ends it, which run_jobs reports."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is the parent's
     try:
-        with zipfile.ZipFile(path) as z:
-            names = [n for n in z.namelist() if n.endswith(("weights_config.json", "constants_config.json"))]
-            configs = [json.loads(z.read(n)) for n in names]
-    except (OSError, zipfile.BadZipFile) as e:
-        fail(f"'{path}' is not a torch.export archive ({e})")
-    if len(configs) != 2 or any(entry.get("use_pickle") for c in configs for entry in c["config"].values()):
-        fail(f"'{path}' holds pickled payloads or an unknown layout; export it again with this project's scripts")
+        import mujoco
+        mujoco.GLContext(64, 64).free()
+    except Exception as error:                              # bindings fail in many ways
+        print(f"no renderer: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
-def load_manifest(folder: Path) -> dict:
-    """policy/manifest.json; exits with the two values where schema or widths do not fit this robot."""
-    if not (folder / "manifest.json").exists():
-        fail(f"no policy at '{folder}' (manifest.json is missing); finetune.py writes one to OUT/policy")
-    spec = json.loads((folder / "manifest.json").read_text())
-    for key, here in {"schema": "policy.v1", "action_dim": ACTION_DIM, "state_dim": STATE_DIM}.items():
+def workers_here(cfg: Config) -> int:
+    """--workers, or one a core of this process's share, as long as memory holds them: each has its
+    own copy of the policy, and one more while it is loaded."""
+    if cfg.workers:
+        return cfg.workers
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
+    policy = 0 if cfg.record else (Path(cfg.policy) / "policy.pt2").stat().st_size
+    fit = int(0.8 * memory / (1e9 + 2 * policy))
+    return max(1, min(os.cpu_count() // processes, fit))
+
+
+@cache
+def policy_at(folder: str):
+    """A worker's copy of policy.pt2."""
+    import torch
+    torch.set_num_threads(1)
+    return open_program(f"{folder}/policy.pt2")[0].module()
+
+
+# ------------------------------------------------------------ policy/, results
+def load_manifest(cfg: Config) -> dict:
+    """policy/manifest.json, with "camera" and "source_size", the side of the pictures that the
+    policy learned from. Exits with the two values where schema or widths do not fit the world."""
+    folder, world = Path(cfg.policy), WORLDS[cfg.world]
+    path = folder / "manifest.json"
+    if not path.exists():
+        fail(f"no policy at '{folder}' (manifest.json is missing); finetune.py writes one to "
+             f"OUT/policy")
+    try:
+        spec = json.loads(path.read_text())
+    except ValueError as error:
+        fail(f"'{path}' is damaged ({error})")
+    wanted = {"schema": "policy.v1", "action_dim": world.action_dim, "state_dim": world.state_dim}
+    for key, here in wanted.items():
         if spec.get(key) != here:
-            fail(f"policy '{folder}': {key} is {spec.get(key)!r}, Meta-World needs {here!r}")
-    refuse_pickles(folder / "policy.pt2")
-    view = [n.removeprefix("metaworld_") for n in spec["datasets"] if n.startswith("metaworld_")]
-    if not view:
-        fail(f"policy '{folder}' was trained on {list(spec['datasets'])}, none of them a metaworld_CAMERA dataset")
-    return {**spec, "camera": view[0], "source_size": spec["datasets"][f"metaworld_{view[0]}"]}
+            fail(f"policy '{folder}': {key} is {spec.get(key)!r}, {cfg.world} needs {here!r}")
+    sizes = {name.removeprefix(f"{cfg.world}_"): size for name, size in spec["datasets"].items()
+             if name.startswith(f"{cfg.world}_")}
+    if not sizes:
+        fail(f"policy '{folder}' was trained on {list(spec['datasets'])}, none of them a "
+             f"{cfg.world}_CAMERA dataset")
+    seen = next(iter(sizes))
+    camera = cfg.camera or seen
+    if camera not in sizes:
+        print(f"warning: policy '{folder}' has not seen camera {camera}, only "
+              f"{', '.join(sizes)}", file=sys.stderr)
+    open_program(folder / "policy.pt2")                     # faults are told here, not in workers
+    return {**spec, "camera": camera, "source_size": sizes.get(camera, sizes[seen])}
 
 
-def write_video(path: Path, result: dict):
-    """A GIF at real speed with the outcome written on every frame."""
-    import imageio.v3 as iio
-    from PIL import Image, ImageDraw
-    frames = []
-    for x in result["frames"]:
-        x = Image.fromarray(x)
-        text = f"{result['task']}\n{'success' if result['success'] else 'failure'}, {result['steps']} steps"
-        ImageDraw.Draw(x).multiline_text((4, 3), text, fill=(255, 255, 255), stroke_width=1, stroke_fill=(0, 0, 0))
-        frames.append(np.asarray(x))
-    iio.imwrite(path, np.stack(frames), duration=50, loop=0)
-
-
-def evaluate(cfg: Config):
-    """Closed loop on seeds that recording never uses; prints and writes success per task with 95% intervals."""
+def tokenize(cfg: Config, spec: dict) -> dict[str, tuple]:
+    """{task: (ids, mask) of its sentence}"""
     from transformers import AutoTokenizer
-    folder, out = Path(cfg.policy), Path(cfg.out)
-    spec = load_manifest(folder)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = {}
-    for t in cfg.tasks:
-        x = tokenizer(INSTRUCTIONS[t], padding="max_length", max_length=spec["text_len"], truncation=True, padding_side="right")
-        tokens[t] = (x["input_ids"], x["attention_mask"])
-    seeds = range(1_000_000_000 + cfg.seed * 10_000, 1_000_000_000 + cfg.seed * 10_000 + cfg.episodes)
-    jobs = [(policy_episode, t, s, cfg, spec, tokens, s == seeds[0]) for s in seeds for t in cfg.tasks]
-    results = list(run_jobs(jobs[rank::world], cfg.workers, str(folder), "rollout"))
-    out.mkdir(parents=True, exist_ok=True)
-    for r in results:
-        if r["frames"]:
-            write_video(out / f"{r['task']}.gif", r)
-        del r["frames"]
-    if world > 1:
-        import torch.distributed as dist
-        dist.init_process_group("gloo")
-        gathered = [None] * world
-        dist.all_gather_object(gathered, results)
-        results = sum(gathered, [])
-    if rank == 0:
-        summarize(results, cfg, spec, out)
-    if world > 1:                                                      # without gloo's destructor, which can deadlock
-        dist.barrier()
-        sys.stdout.flush()
-        os._exit(0)
+    tokenizer, sentences = AutoTokenizer.from_pretrained(cfg.policy), WORLDS[cfg.world].sentences()
+    tokens = {task: tokenizer(sentences[task], padding="max_length", max_length=spec["text_len"],
+                              truncation=True, padding_side="right") for task in cfg.tasks}
+    return {task: (x["input_ids"], x["attention_mask"]) for task, x in tokens.items()}
 
 
-def summarize(results: list, cfg: Config, spec: dict, out: Path):
-    """Prints success per task with its 95% interval and writes OUT/results.json."""
-    table = {}
-    for t in [*cfg.tasks, "all"]:
-        mine = [r for r in results if t in (r["task"], "all")]
-        k, n = sum(r["success"] for r in mine), len(mine)
-        low, high = wilson(k, n)
-        table[t] = dict(successes=k, episodes=n, rate=k / n, low=low, high=high)
-        print(f"{t:24s} {k:4d}/{n:<4d} {k / n:.2f}  [{low:.2f}, {high:.2f}]")
-    seeds = [r["seed"] for r in results]
-    report = dict(tasks=table, policy=cfg.policy, policy_manifest=spec, config=asdict(cfg), seeds=[min(seeds), max(seeds)],
-                  episodes=sorted(results, key=lambda r: (r["task"], r["seed"])))
-    write_json(out / "results.json", report)
-    print(f"results and videos: {out}")
+def write_video(path: Path, frames: list, result: dict):
+    """A GIF at real speed with the outcome written on every frame."""
+    outcome = "success" if result["success"] else "failure"
+    text, images = f"{result['task']}\n{outcome}, {result['steps']} steps", []
+    for frame in frames:
+        image = Image.fromarray(frame)
+        ImageDraw.Draw(image).multiline_text((4, 3), text, fill=(255, 255, 255), stroke_width=1,
+                                             stroke_fill=(0, 0, 0))
+        images.append(np.asarray(image))
+    iio.imwrite(path, np.stack(images), duration=50, loop=0)
 
 
 def write_json(path: Path, value: dict):
@@ -377,44 +476,207 @@ def write_json(path: Path, value: dict):
 
 def compare(cfg: Config):
     """Prints success per task of several evaluations side by side and writes OUT/results.json."""
-    arms = {}
-    for item in cfg.compare:
-        name, _, folder = item.partition("=")
-        path = Path(folder) / "results.json"
-        if not path.is_file():
-            fail(f"--compare '{item}': there is no '{path}'")
-        r = json.loads(path.read_text())
-        arms[name] = {"tasks": r["tasks"], "evaluation_seeds": r["seeds"], "policy": r["policy"],
-                      **{k: r["policy_manifest"][k] for k in ("step", "blind")},
-                      **{k: r["policy_manifest"]["config"][k] for k in ("init", "seed", "episodes_per_task", "use_state")}}
-    tasks = list(next(iter(arms.values()))["tasks"])
-    if odd := [n for n, a in arms.items() if list(a["tasks"]) != tasks]:
-        fail(f"--compare: '{odd[0]}' was evaluated on other tasks than '{next(iter(arms))}'")
-    if len({tuple(a["evaluation_seeds"]) for a in arms.values()}) > 1:
-        fail(f"--compare: evaluation seeds differ: { {n: a['evaluation_seeds'] for n, a in arms.items()} }")
-    print("success rate [95% interval]".ljust(28) + "".join(n.ljust(20) for n in arms))
-    for t in tasks:
-        cells = (a["tasks"][t] for a in arms.values())
-        print(f"{t} ({arms[next(iter(arms))]['tasks'][t]['episodes']})".ljust(28)
-              + "".join(f"{c['rate']:.2f} [{c['low']:.2f}, {c['high']:.2f}]".ljust(20) for c in cells))
+    arms = dict(read_arm(item) for item in cfg.compare)
+    first, one = next(iter(arms.items()))
+    for name, arm in arms.items():
+        if list(arm["tasks"]) != list(one["tasks"]):
+            fail(f"--compare: '{name}' was evaluated on other tasks than '{first}'")
+        if arm["evaluation_seeds"] != one["evaluation_seeds"]:
+            fail(f"--compare: evaluation seeds of '{name}' are {arm['evaluation_seeds']}, of "
+                 f"'{first}' {one['evaluation_seeds']}")
+    rows = [["success rate [95% interval]", *arms]]
+    for task, column in one["tasks"].items():
+        cells = [arm["tasks"][task] for arm in arms.values()]
+        cells = [f"{c['rate']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" for c in cells]
+        rows.append([f"{task} ({column['episodes']})", *cells])
+    for head, *cells in rows:
+        print(head.ljust(28) + "".join(cell.ljust(20) for cell in cells))
     write_json(Path(cfg.out) / "results.json", arms)
 
 
-def main(cfg: Config):
-    if unknown := [t for t in cfg.tasks if t not in INSTRUCTIONS]:
-        fail(f"unknown task '{unknown[0]}'; known: {', '.join(INSTRUCTIONS)}")
-    if cfg.camera not in CAMERAS:
-        fail(f"unknown camera '{cfg.camera}'; known: {', '.join(CAMERAS)}")
-    if not 0 <= cfg.seed < 100_000:
-        fail(f"--seed {cfg.seed} must be in 0..99999, so that recording and evaluation share no environment seed")
-    if not 1 <= cfg.episodes <= 2000:
-        fail(f"--episodes {cfg.episodes} must be in 1..2000 (a block of 10,000 seeds; recording may need spare ones)")
-    if cfg.max_steps > 500:
-        fail(f"--max-steps {cfg.max_steps} is above the simulator's limit of 500")
-    if cfg.record and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail("--record starts its own processes (--workers); run it with python, not torchrun")
-    (compare if cfg.compare else record if cfg.record else evaluate)(cfg)
+def read_arm(item: str) -> tuple[str, dict]:
+    """NAME=FOLDER -> NAME, what that evaluation found and how its policy was trained."""
+    name, _, folder = item.partition("=")
+    path = Path(folder) / "results.json"
+    if not path.is_file():
+        fail(f"--compare '{item}': there is no '{path}'")
+    report = json.loads(path.read_text())
+    manifest = report["policy_manifest"]
+    settings = "init", "seed", "episodes_per_task", "use_state"
+    return name, {"tasks": report["tasks"], "evaluation_seeds": report["seeds"],
+                  "policy": report["policy"], "step": manifest["step"], "blind": manifest["blind"],
+                  **{k: manifest["config"][k] for k in settings}}
+
+
+# All that an archive by laq.py or finetune.py may hold: its members, its operators (a model of your
+# own may need others: add them) and, by the name of their field, the texts of its JSON, of which
+# torch evaluates some.
+MEMBERS = (r"data/weights/(weight_\d+|model_weights_config\.json)"
+           r"|data/constants/(tensor_\d+|model_constants_config\.json)"
+           r"|data/sample_inputs/model\.pt|models/model\.json|extra/[\w.]+"
+           r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id)")
+OPERATORS = """
+    __and__ _assert_tensor_metadata abs adaptive_avg_pool2d add addmm all amax amin any arange
+    argmax argmin avg_pool2d batch_norm bmm bucketize cat chunk clamp concat contiguous conv2d
+    cos cumsum detach div dropout einsum elu embedding eq erf exp expand flatten floor full
+    full_like gather ge gelu group_norm gt index index_select layer_norm le leaky_relu linear
+    log log_softmax logical_and logical_not lt masked_fill matmul max max_pool2d maximum mean
+    min minimum mul ne neg new_ones one_hot ones pad permute pixel_shuffle pixel_unshuffle pow
+    reciprocal relu repeat reshape rms_norm roll round rsqrt scaled_dot_product_attention select
+    sigmoid sign silu sin slice softmax split sqrt square squeeze stack std sub sum sym_size
+    tanh tile to topk transpose tril triu unbind unflatten unsqueeze upsample_bilinear2d
+    upsample_nearest2d var view view_as where zeros zeros_like"""
+SYMBOL = r"Symbol\('s\d+', positive=True, integer=True\)"
+SIZE = r"L\['\w+'\]\.size\(\)\[\d+\]"
+TREE = r'([\[\]{}:, 1]|null|"(type|context|children_spec|builtins\.(tuple|dict)|null|\[\])")*'
+DOTTED = ("key", "fqn", "parameter_name", "buffer_name", "torch_version")
+COMMENTS = ("stack_trace", "nn_module_stack", "torch_fn")
+TEXTS = {"target": rf"torch\.ops\.aten\.({'|'.join(OPERATORS.split())})\.[A-Za-z]\w*",
+         "expr_str": rf"{SYMBOL}|Mul\(Integer\(\d+\), {SYMBOL}\)",
+         "guards_code": f"{SIZE} == {SIZE}",
+         "in_spec": TREE, "out_spec": TREE,
+         "path_name": r"(weight|tensor)_\d+",
+         "as_string": r"[\w,>-]*",                              # 'tanh', einsum's 'bsd,skd->bsk'
+         **dict.fromkeys(DOTTED, r"[\w.+]*"), **dict.fromkeys(COMMENTS, r"(?s:.*)")}
+
+
+def texts(part, field: str = ""):
+    """All texts of parsed JSON, each with the name of its field; that name comes as a "key"."""
+    if isinstance(part, dict):
+        for name, value in part.items():
+            yield "key", name
+            yield from texts(value, name)
+    elif isinstance(part, list):
+        for value in part:
+            yield from texts(value, field)
+    elif isinstance(part, str):
+        yield field, part
+
+
+def foreign(archive):
+    """What an archive holds and no export of this project does."""
+    members = archive.get_file_names()
+    yield from (f"member {n[:80]!r}" for n in members if not re.fullmatch(MEMBERS, n, re.ASCII))
+    if archive.read_bytes("data/sample_inputs/model.pt"):
+        yield "pickled inputs in 'data/sample_inputs/model.pt'"
+    for member in members:
+        if not member.endswith(".json") or member.startswith("extra/"):
+            continue
+        content = json.loads(archive.read_string(member))
+        for name, payload in content.get("config", {}).items():
+            if payload["use_pickle"] is not False:
+                yield f"pickled {name[:80]!r} in '{member}'"
+        for field, text in texts(content):
+            if not re.fullmatch(TEXTS.get(field, r"\w*"), text, re.ASCII):
+                yield f"{field} {text[:80]!r} in '{member}'"
+
+
+def open_program(path):
+    """laq.pt2 or policy.pt2 -> (ExportedProgram, {name: text} of its extra files), or exits.
+
+    The bytes that are loaded are those that were checked. Promised: no pickle and no library of the
+    file is loaded, of its text only names and sizes become code, and the program has no operators
+    but those above. Not promised: that torch, which parses it, has no faults; that the program is
+    small, ends, or does what its author says. A .pt2 is a program: load only what you trust.
+    """
+    from torch.export.pt2_archive import PT2ArchiveReader
+    from torch.export.pt2_archive._package import load_pt2     # export.load also tries old layouts
+    try:
+        data = Path(path).read_bytes()
+        found = next(foreign(PT2ArchiveReader(io.BytesIO(data))), None)
+        if found is None:
+            contents = load_pt2(io.BytesIO(data))
+            return contents.exported_programs["model"], contents.extra_files
+        reason = f"holds {found}"
+    except Exception as e:                                      # the readers fail in many ways
+        reason = f"cannot be read ({type(e).__name__}: {str(e).partition(chr(10))[0][:200]})"
+    fail(f"'{path}' {reason}; load only files you trust, "
+         f"or export it again with this project's scripts")
+
+
+# ------------------------------------------------------------ plumbing
+def fail(message: str):
+    """A user's error: one line, exit code 1, no traceback."""
+    raise SystemExit(f"{Path(sys.argv[0]).stem}: {message}")
+
+
+def run(cfg: Config):
+    """Runs main. Processes of torchrun end without destructors: gloo's joins threads that may wait
+    for the GIL, which it holds. One that fails does not wait for the others."""
+    code, alone = 0, int(os.environ.get("WORLD_SIZE", 1)) == 1
+    try:
+        main(cfg)
+    except KeyboardInterrupt:
+        print("rollout: stopped", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    except BaseException as error:
+        if alone:
+            raise
+        told = isinstance(error, SystemExit) and isinstance(error.code, str)
+        print(error.code if told else traceback.format_exc(), file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if alone:
+        raise SystemExit(code)
+    os._exit(code)
+
+
+# ------------------------------------------------------------ Meta-World's tasks
+# One sentence a task. Tasks of the same words would be one task to a language-conditioned policy.
+METAWORLD_SENTENCES = {
+    "assembly": "Put the ring on the peg",
+    "basketball": "Dunk the ball into the basket",
+    "bin-picking": "Move the block to the other bin",
+    "box-close": "Put the lid on the box",
+    "button-press-topdown": "Press the button from above",
+    "button-press-topdown-wall": "Press the button from above behind a wall",
+    "button-press": "Press the button",
+    "button-press-wall": "Press the button behind a wall",
+    "coffee-button": "Press the coffee machine's button",
+    "coffee-pull": "Pull the mug from the coffee machine",
+    "coffee-push": "Push the mug under the coffee machine",
+    "dial-turn": "Turn the dial",
+    "disassemble": "Take the ring off the peg",
+    "door-close": "Close the door",
+    "door-lock": "Lock the door",
+    "door-open": "Open the door",
+    "door-unlock": "Unlock the door",
+    "hand-insert": "Put the hand into the hole",
+    "drawer-close": "Close the drawer",
+    "drawer-open": "Open the drawer",
+    "faucet-open": "Open the faucet",
+    "faucet-close": "Close the faucet",
+    "hammer": "Hammer the nail",
+    "handle-press-side": "Press the handle down from the side",
+    "handle-press": "Press the handle down",
+    "handle-pull-side": "Pull the handle up from the side",
+    "handle-pull": "Pull the handle up",
+    "lever-pull": "Pull the lever up",
+    "pick-place-wall": "Lift the puck over the wall to the goal",
+    "pick-out-of-hole": "Take the puck out of the hole",
+    "pick-place": "Lift the puck to the goal",
+    "plate-slide": "Slide the plate into the cabinet",
+    "plate-slide-side": "Slide the plate sideways into the cabinet",
+    "plate-slide-back": "Slide the plate out of the cabinet",
+    "plate-slide-back-side": "Slide the plate sideways out of the cabinet",
+    "peg-insert-side": "Put the peg into the side of the box",
+    "peg-unplug-side": "Pull the peg out sideways",
+    "soccer": "Kick the ball into the goal",
+    "stick-push": "Push the box with the stick",
+    "stick-pull": "Pull the box with the stick",
+    "push": "Push the puck to the goal",
+    "push-wall": "Push the puck around the wall to the goal",
+    "push-back": "Pull the puck back to the goal",
+    "reach": "Reach the goal",
+    "reach-wall": "Reach the goal behind the wall",
+    "shelf-place": "Put the puck on the shelf",
+    "sweep-into": "Sweep the puck into the hole",
+    "sweep": "Sweep the puck off the table",
+    "window-open": "Open the window",
+    "window-close": "Close the window",
+}
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    run(tyro.cli(Config, description=__doc__))

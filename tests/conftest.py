@@ -46,10 +46,12 @@ def stages(data, tmp_path_factory):
 def same_episodes(tmp_path_factory):
     """Episodes that are all equal and hold one frame pair: every rank sees the same batch."""
     import data_oxe
+    import rollout
     folder, rng = tmp_path_factory.mktemp("same"), np.random.default_rng(0)
     images = rng.integers(0, 255, (9, 64, 64, 3), np.uint8)
     action = rng.standard_normal((9, 4))
-    with data_oxe.EpisodeWriter(str(folder), "metaworld_corner4", 64, 4, 4) as writer:
+    entry = data_oxe.Entry(**rollout.MetaWorld.entry)
+    with data_oxe.EpisodeWriter(str(folder), "metaworld_corner4", entry, 64) as writer:
         for i in range(8):
             writer.add(images, np.zeros((9, 4)), action, action, np.zeros(9), "Do it", task="x",
                        seed=i, success=True, file_path="")

@@ -13,6 +13,7 @@ import torch
 from common import ROOT
 
 import data_oxe
+import rollout
 from data_oxe import tf, tfds
 from fakes import fake_frames, write_fake
 
@@ -93,7 +94,7 @@ def test_the_whole_registry_and_the_mixes(oxe):
     """All datasets in one mix: each is there, weights hold, narrow ones are padded; the mixes name known datasets."""
     for mix, count in {"oxe29": 29, "oxe_magic_soup": 23, "oxe_magic_soup_plus": 27, "octo_magic_soup": 25, "rtx": 10}.items():
         assert len(data_oxe.parse_mix(mix)) == count and set(data_oxe.parse_mix(mix)) <= set(data_oxe.REGISTRY)
-    facts = [n for n in data_oxe.REGISTRY if not n.startswith("metaworld")]
+    facts = list(data_oxe.REGISTRY)
     n = len(facts)
     loader = loader_of(oxe, ",".join(facts), "train", n, 16, shuffle_mb=4)
     batches = take(loader, 20)
@@ -356,10 +357,11 @@ def test_a_file_out_of_reach_is_waited_for(tmp_path, monkeypatch, capsys):
     assert all(same(a, b) for a, b in zip(whole, take(loader, 20)))
     err = capsys.readouterr().err
     assert pauses == [1, 5] and "trying again in 5 s" in err and "skipped" not in err
+    loader = make()
     path.rename(tmp_path / "away")
     monkeypatch.setattr(data_oxe.time, "sleep", pauses.append)
     with pytest.raises(SystemExit, match="cannot read .*check the network"):
-        take(make(), 20)
+        take(loader, 20)
 
 
 def test_blue_pictures_are_turned(tmp_path):
@@ -540,7 +542,8 @@ def test_another_recording_does_not_resume(oxe, tmp_path):
 
 def test_lengths_are_looked_up_over_the_whole_dataset(tmp_path):
     """Long episodes at the end of the dataset count, too; what was seen is remembered."""
-    with data_oxe.EpisodeWriter(str(tmp_path), "metaworld_corner4", 8, 4, 4) as writer:
+    entry = data_oxe.Entry(**rollout.MetaWorld.entry)
+    with data_oxe.EpisodeWriter(str(tmp_path), "metaworld_corner4", entry, 8) as writer:
         for i in range(96):                                     # four files
             n = 20 if i < 48 else 60
             values = np.zeros((n, 4))

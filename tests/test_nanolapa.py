@@ -2,11 +2,16 @@
 notice."""
 import ast
 import io
+import itertools
 import json
+import os
+import shlex
 import signal
 import time
 import tokenize
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -175,15 +180,70 @@ def test_rollout(stages, tmp_path):
     run("rollout.py", *args, "--out", tmp_path / "b", processes=2)
     again = json.loads((tmp_path / "b/results.json").read_text())
     assert again["episodes"] == report["episodes"]          # reproducible
+    assert not again["episodes"][0].keys() ^ {"task", "seed", "success", "steps"}
     p = run("rollout.py", "--compare", f"x={tmp_path}/a", f"y={tmp_path}/b", "--out", tmp_path)
     assert "drawer-open (2)" in p.stdout
     assert set(json.loads((tmp_path / "results.json").read_text())) == {"x", "y"}
 
 
+def test_a_dead_simulator_costs_no_episode(stages, tmp_path):
+    process = start("rollout.py", "--policy", stages / "ft/policy", "--episodes", 4, "--tasks", *TASKS,
+                    "--max-steps", 24, "--out", tmp_path, "--workers", 2)
+    log = tmp_path / "episodes_0.jsonl"
+    while not log.exists() or not log.read_text():
+        assert process.poll() is None
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [x for x in children if "spawn_main" in Path(f"/proc/{x}/cmdline").read_text()]
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and err.count("going on in new ones") == 1, err
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert len({(e["task"], e["seed"]) for e in report["episodes"]}) == 8
+
+
+def test_an_expert_that_fails_costs_one_episode(tmp_path, monkeypatch, capsys):
+    cfg = rollout.Config(record=True, data=str(tmp_path), episodes=3, tasks=tuple(TASKS))
+    rollout.check(cfg)
+
+    def episodes(jobs, workers, label, fails={3}):
+        for i, (_, task, seeds, _) in enumerate(jobs):
+            assert len(seeds) == rollout.TRIES and seeds[0] == i // 2
+            zeros = np.zeros((5, 4))
+            yield None if i in fails else dict(
+                images=np.zeros((5, 64, 64, 3), np.uint8), state=zeros, action=zeros, tried=1,
+                executed_action=zeros, reward=np.zeros(5), seed=seeds[0], success=True)
+    monkeypatch.setattr(rollout, "run_jobs", episodes)
+    rollout.record(cfg)
+    out, err = capsys.readouterr()
+    assert "recorded 5 of 6 episodes" in out and "failed at 'faucet-close'" in err
+    builder = tfds.builder_from_directory(str(tmp_path / "metaworld_corner4/1.0.0"))
+    assert builder.info.splits["train"].num_examples == 5
+    monkeypatch.setattr(rollout, "run_jobs", lambda *args: episodes(*args, fails={1}))
+    cfg.data = str(tmp_path / "other")
+    with pytest.raises(SystemExit, match="lower --noise or leave the task out"):
+        rollout.record(cfg)
+    assert not [*Path(cfg.data).rglob("*.json")]
+
+
+def test_pictures_are_resized_as_the_loader_does():
+    """A policy must see what it learned from."""
+    rng = np.random.default_rng(0)
+    for size, how in itertools.product((64, 48, 96, 20), ("cpu", "gpu")):
+        image = cv2.resize(rng.integers(0, 255, (9, 9, 3), np.uint8), (64, 64))
+        mine = rollout.as_loaded(image, {"image_size": size, "config": {"resize": how}})
+        its = data_oxe.resize_to(torch.from_numpy(image), size).numpy()
+        if how == "cpu":
+            encoded = data_oxe.tf.io.encode_png(image)
+            its = data_oxe.decode_picture(encoded, size, 64, False).numpy()
+        assert np.abs(mine.astype(int) - its).max() <= 1, (size, how)
+
+
 # ------------------------------------------------------------ errors and shape
 @pytest.mark.parametrize("script, args, says", [
     ("laq.py", ["--mix", "brigde"], "unknown dataset 'brigde'"),
-    ("laq.py", ["--data", "/nowhere"], "no dataset at '/nowhere/metaworld_corner4/1.0.0'"),
+    ("laq.py", ["--data", "/nowhere"], "record it: python rollout.py --record --data /nowhere"),
+    ("laq.py", ["--data", "/nowhere", "--mix", "bridge"], "no dataset at '/nowhere/bridge/0.1.0'"),
     ("laq.py", ["--mix", "bridge", "--data", "DATA"],
      "no step feature 'observation/natural_language_instruction'"),
     ("laq.py", ["--data", "DATA", "--image-size", "50"], "--image-size 50 must be a multiple of 8"),
@@ -203,6 +263,7 @@ def test_rollout(stages, tmp_path):
      "fewer than 50 training episodes"),
     ("rollout.py", ["--tasks", "open-sesame"], "unknown task 'open-sesame'"),
     ("rollout.py", ["--policy", "/nowhere"], "no policy at '/nowhere'"),
+    ("rollout.py", ["--camera", "ceiling"], "unknown camera 'ceiling'"),
     ("rollout.py", ["--record", "--data", "DATA"], "exists already"),
 ])
 def test_user_errors_are_one_line(script, args, says, data, stages, tmp_path):
@@ -238,6 +299,19 @@ def test_world_size_must_divide_the_batch(data, tmp_path):
     assert "--batch-size 9 is not divisible by the 2 processes; 8 would be" in p.stderr
 
 
+@pytest.mark.parametrize("stage", [laq, vla, finetune])
+def test_slurm_scripts_give_options_that_exist(stage):
+    """And pass on those of the command line, which win."""
+    text = (ROOT / f"sbatch/{stage.__name__}.sh").read_text()
+    words = shlex.split(text.partition(f"{stage.__name__}.py \\\n")[2])
+    assert words.pop() == "$@" and "--shutdown-timeout=110" in text
+    cfg = tyro.cli(stage.Config, args=[*words, "--steps", "7", "--resume", "x/last.pt"])
+    assert cfg.steps == 7 and cfg.resume == "x/last.pt" and cfg.dtype == "bfloat16"
+    stage.check(cfg, *[{}] * (stage is finetune))
+    if stage is not finetune:
+        assert (cfg.lr, cfg.warmup_steps) == (1e-4, 1000)
+
+
 def fields_of(name):
     """Config's fields of a script as {name: (type, comment)}: the comment is tyro's help text."""
     text = (ROOT / f"{name}.py").read_text()
@@ -251,7 +325,8 @@ def fields_of(name):
 def test_stages_share_text_and_import_nothing_of_each_other():
     names = ("laq", "vla", "finetune", "rollout")
     trees = {name: ast.parse((ROOT / f"{name}.py").read_text()) for name in names}
-    own = {"main", "evaluate", "export", "describe", "Config", "check"}
+    own = {"main", "evaluate", "export", "describe", "Config", "check", "run", "to_inputs",
+           "flops_a_sample", "Labeller"}
     seen, shared = {}, set()
     for name, tree in trees.items():
         imports = {a.name for x in ast.walk(tree) if isinstance(x, ast.Import) for a in x.names}
@@ -262,6 +337,10 @@ def test_stages_share_text_and_import_nothing_of_each_other():
                 first, text = seen.setdefault(node.name, (name, ast.unparse(node)))
                 assert text == ast.unparse(node), f"{node.name} differs in {first}.py and {name}.py"
                 shared |= {node.name} if first != name else set()
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper():
+                constant = ast.unparse(node.targets[0])
+                first, text = seen.setdefault(constant, (name, ast.unparse(node)))
+                assert text == ast.unparse(node), f"{constant} differs in {first}.py and {name}.py"
     assert len(shared) > 20
     seen = {}
     for name in ("laq", "vla", "finetune"):
