@@ -794,8 +794,8 @@ class Faults:
             return np.int32(-1 if self.too_bad() else 0)
 
     def opened(self, path: bytes) -> bytes:
-        """The path of a file that can be opened. Another ends the pipeline here: ignore_errors would
-        try it for ever."""
+        """The path of a file that can be opened. Another ends the pipeline here: ignore_errors
+        would try it for ever."""
         try:
             with tf.io.gfile.GFile(path, "rb") as file:
                 file.read(1)

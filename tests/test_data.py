@@ -476,7 +476,7 @@ def test_from_videos(tmp_path, capsys):
     data_oxe.from_videos(*args[0], **args[1])
     out, err = capsys.readouterr()
     assert "continuing" in out and "12 episodes of 7 videos, 1 of them broken" in out and "broken.mp4" in err
-    loader = data_oxe.Loader(str(tmp_path / "data"), "clips", "train", 8, 32, val_fraction=0)
+    loader = loader_of(tmp_path / "data", "clips", "train", 8, 32, val_fraction=0)
     batches = take(loader, 10)
     assert loader.horizon["clips"] == {"steps": 5, "seconds": 0.5} and not batches[0]["has_action"].any()
     assert {s for b in batches for s in b["instruction"]} == {f"push, {x}" for x in ["0", "1", "2", "3.mp4", "4", "b/5"]}
