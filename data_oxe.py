@@ -61,7 +61,7 @@ import threading
 import time
 import zlib
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from queue import Full, Queue
 from typing import Literal
@@ -122,10 +122,12 @@ class Entry:
 
 # What keeps an episode from use. Faults are named one by one and bounded by max_bad; the others are
 # ordinary in Open X-Embodiment: they are counted.
-FAULTS = {1: "the record is unreadable (file truncated or corrupt)",
-          4: "an action or state is not finite", 5: "an image does not decode",
-          7: "the record is unreadable (its features differ in length)"}
-UNFIT = {2: "shorter than a frame pair", 3: "without an instruction", 6: "failed"}
+UNREADABLE, SHORT, NO_TEXT, NOT_FINITE, UNDECODABLE, FAILED, UNEVEN = range(1, 8)
+FAULTS = {UNREADABLE: "the record is unreadable (file truncated or corrupt)",
+          NOT_FINITE: "an action or state is not finite",
+          UNDECODABLE: "an image does not decode",
+          UNEVEN: "the record is unreadable (its features differ in length)"}
+UNFIT = {SHORT: "shorter than a frame pair", NO_TEXT: "without an instruction", FAILED: "failed"}
 MOSTLY = 0.9                    # share of a dataset's episodes that may be unfit
 
 
@@ -151,14 +153,14 @@ class Loader:
         self.cfg, self.batch_size, self.image_size, self.chunk = cfg, batch_size, image_size, chunk
         self.min_motion, self.demonstrations = min_motion, demonstrations
         self.threads = cfg.threads or threads_here()
-        self.plans = [make_plan(cfg, name, split, horizon_s, rank, world)
+        self.plans = [make_plan(cfg, name, split, horizon_s, demonstrations, rank, world)
                       for name in parse_mix(cfg.mix)]
         self.describe_mix()
         self.faults = Faults(self.plans, cfg.max_bad)
         self.seed = seed + 1_000_003 * rank if split == "train" else seed
         open_files = max(1, 8 // len(self.plans))
-        self.records = Records(self.plans, self.seed, open_files, self.faults.opened)
-        self.pipeline = None, None                              # position, tf.data iterable
+        self.records = Records(self.plans, self.seed, open_files)
+        self.pipeline = None, None                              # what it starts with, iterable
 
         share = shares(cfg, {p.name: p.frames for p in self.plans})
         self.share = dict(zip(self.names, (share / share.sum()).tolist()))
@@ -178,8 +180,10 @@ class Loader:
             "demonstrations": demonstrations, "resize": cfg.resize,
             "pairs_per_episode": cfg.pairs_per_episode, "block": self.block_size,
             "episodes": [p.used for p in self.plans],
-            "recorded as": zlib.crc32(json.dumps([p.fingerprint for p in self.plans]).encode()),
-            "chosen": zlib.crc32(b"".join(f.keep.tobytes() for p in self.plans for f in p.files))}
+            "checksum of the recording": zlib.crc32(
+                json.dumps([p.fingerprint for p in self.plans]).encode()),
+            "checksum of the chosen episodes": zlib.crc32(
+                b"".join(f.keep.tobytes() for p in self.plans for f in p.files))}
         if min_motion:                                          # or nothing would ever come
             self.check_motion()
 
@@ -229,11 +233,13 @@ class Loader:
             yield batch
 
     def state_dict(self) -> dict:
-        """The position of the next batch and what the stream depends on: numbers only, a
-        kilobyte."""
+        """The position of the next batch, the bad episodes so far and what the stream depends
+        on: a kilobyte."""
         drawn = self.draws_before(self.position[0])
         self.drawn = self.position[0], drawn
-        return {"position": list(self.position), "drawn": drawn.tolist(), **self.identity}
+        bad = [[*which, where] for which, where in self.faults.bad.items()]
+        return {"position": list(self.position), "drawn": drawn.tolist(), "bad": bad,
+                **self.identity}
 
     def load_state_dict(self, state: dict):
         """Continues after the batches of `state`; exits when the stream would be another one."""
@@ -242,6 +248,7 @@ class Loader:
                 fail(f"cannot resume the data stream: {key} was {state.get(key)!r}, is {value!r}")
         self.position = tuple(state["position"])
         self.drawn = self.position[0], np.array(state["drawn"])
+        self.faults.bad = {(dataset, episode): where for dataset, episode, where in state["bad"]}
 
     # ---------------------------------------- the stream
     def choices(self, block):
@@ -264,7 +271,7 @@ class Loader:
 
     def encoded(self, position: tuple[int, int]):
         """The stream of pairs, pictures still encoded, from a position on: dicts as sample() makes
-        them, with "block" and "number" in it."""
+        them, with "block" and "place", its place in the block, in it."""
         block, taken = position
         drawn = self.draws_before(block)
         A = max(1, self.action_dim)                             # tf.data breaks at width 0
@@ -294,7 +301,7 @@ class Loader:
         pairs = pairs.shuffle(tf.data.UNKNOWN_CARDINALITY, seed=seed,
                               reshuffle_each_iteration=False)
         return pairs.enumerate().map(
-            no_autograph(lambda number, pair: {**pair, "block": block, "number": number}))
+            no_autograph(lambda place, pair: {**pair, "block": block, "place": place}))
 
     def decoded(self, pair: dict) -> dict:
         """Last stage of the pipeline, in parallel: one encoded pair -> its frames."""
@@ -309,7 +316,7 @@ class Loader:
             frames = tf.stack([self.picture(image) for image in images])
         swapped = [i for i, plan in enumerate(self.plans) if plan.entry.bgr]
         if swapped:
-            is_bgr = tf.reduce_any(pair["numbers"][0] == swapped)
+            is_bgr = tf.reduce_any(pair["integers"][0] == swapped)
             frames = tf.cond(is_bgr, lambda: frames[..., ::-1], lambda: frames)
         if self.min_motion:
             small = tf.image.resize(frames, (16, 16), "area")
@@ -350,7 +357,7 @@ class Loader:
     def to_batch(self, item: dict) -> tuple[dict, tuple[int, int]]:
         """What the pipeline delivers -> (batch of the contract, position after it). Views, no
         copies."""
-        numbers, floats = item["numbers"], item["floats"]       # (B, 4), (B, C*A + A + Ds)
+        numbers, floats = item["integers"], item["floats"]      # (B, 4), (B, C*A + A + Ds)
         B, C, A = len(numbers), self.chunk, max(1, self.action_dim)
         actions = floats[:, :C * A].reshape(B, C, A)
         has_action = np.array([bool(plan.entry.action) for plan in self.plans])
@@ -364,27 +371,44 @@ class Loader:
         if "frames" in item:
             batch["frames"] = unpadded(item["frames"], item["size"]) if "size" in item else \
                 item["frames"]
-        return batch, (int(item["block"][-1]), int(item["number"][-1]) + 1)
+        return batch, (int(item["block"][-1]), int(item["place"][-1]) + 1)
 
     def batches(self, position: tuple[int, int]):
         """Endless (batch, position after it) from a position. What breaks the pipeline, an image
         that does not decode or a file out of reach, lets it start again at the batch: without that
         pair, or when the file is back. The price is paid by those who have such data."""
+        wait, errors = Patience(), (tf.errors.OpError, OutOfReach)      # at exit, globals are gone
         while True:
             try:
-                key = position, len(self.faults.undecodable)
-                if self.pipeline[0] != key:                     # kept: validation opens it once
-                    self.pipeline = key, self.tensors(position)
-                for item in self.pipeline[1]:
+                for item in self.pipeline_from(position):
+                    self.faults.read_reports()
                     arrays = {name: x._numpy() for name, x in item.items()}         # numpy() copies
                     batch, position = self.to_batch(arrays)
+                    wait = Patience()
                     yield batch, position
-            except tf.errors.OpError as error:
+            except errors as error:
                 self.pipeline = None, None
-                if not self.faults.explain() and not self.blame(position):
-                    fail(f"reading broke off after batch position {position}: "
-                         f"{str(error).splitlines()[0]}")
-            self.faults.check()
+                self.explain(error, position, wait)
+
+    def pipeline_from(self, position: tuple[int, int]):
+        """Kept, as validation opens it again and again."""
+        key = position, len(self.faults.undecodable)
+        if self.pipeline[0] != key:
+            self.pipeline = key, self.tensors(position)
+        return self.pipeline[1]
+
+    def explain(self, error: Exception, position: tuple[int, int], wait):
+        """Returns where the pipeline may start again, after a pause if a file was out of reach."""
+        try:
+            self.faults.read_reports()                          # exits if too much was reported
+        except OutOfReach as lost:
+            error = lost
+        if isinstance(error, OutOfReach):
+            wait(error)
+        elif not isinstance(error, (tf.errors.InvalidArgumentError, tf.errors.DataLossError)):
+            wait(first_line(error))
+        elif not self.blame(position):
+            fail(f"reading broke off after batch position {position}: {first_line(error)}")
 
     def blame(self, position: tuple[int, int]) -> bool:
         """Finds the next pairs that do not decode and reports their episodes: at least one, as a
@@ -395,9 +419,8 @@ class Loader:
                 try:
                     self.decoded(pair)
                 except tf.errors.InvalidArgumentError:
-                    self.faults.undecodable.add((int(pair["block"]), int(pair["number"])))
-                    dataset, episode = pair["numbers"].numpy()[:2]
-                    self.faults.report(dataset, episode, 5)
+                    self.faults.undecodable.add((int(pair["block"]), int(pair["place"])))
+                    self.faults.report(*pair["integers"][:2], UNDECODABLE)
                 ahead_of -= len(self.faults.undecodable) > known
                 if ahead_of <= 0:
                     break
@@ -427,9 +450,9 @@ def check(cfg: DataConfig, batch_size, chunk, min_motion, image_size, horizon_s)
 
 
 def threads_here() -> int:
-    """The cores of this machine, divided among its processes of torchrun."""
+    """The cores that this job may use here, divided among its processes of torchrun; 16 at most."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(16, max(1, os.cpu_count() // processes))
+    return min(16, max(1, len(os.sched_getaffinity(0)) // processes))
 
 
 def unpadded(frames: np.ndarray, size: np.ndarray):
@@ -459,7 +482,7 @@ class Sampler:
         """An episode as Reader gives it -> n encoded pairs; n is 0 where it is not used.
 
         "first", "second" (n,): frames t and t+k; "text" (n,); "floats" (n, C*A + A + Ds): actions,
-        action_sum, state, in one tensor, as tf.data charges by the tensor; "numbers" int64 (n, 4):
+        action_sum, state, in one tensor, as tf.data charges by the tensor; "integers" int64 (n, 4):
         dataset, episode, t, steps left.
         """
         dataset, images = episode["dataset"], episode["images"]
@@ -473,26 +496,25 @@ class Sampler:
         motion = self.accumulated(episode["executed"], dataset, t, k)               # (n, A)
         state = tf.gather(episode["state"], t)                                      # (n, Ds)
         same = [tf.fill([n], x) for x in (dataset, episode["episode"])]
-        numbers = [*same, tf.cast(t, tf.int64), tf.cast(T - t, tf.int64)]
+        integers = [*same, tf.cast(t, tf.int64), tf.cast(T - t, tf.int64)]
         return {"first": tf.gather(images, t), "second": tf.gather(images, t + k),
                 "text": tf.fill([n], episode["text"]),
                 "floats": tf.concat([actions, motion, state], 1),
-                "numbers": tf.stack(numbers, 1)}
+                "integers": tf.stack(integers, 1)}
 
-    def usable(self, episode: dict, starts):
-        """How many starts there are; none, which is reported, where the episode is not fit."""
+    def usable(self, episode: dict, count):
+        """count, the number of starts; none, which is reported, where the episode is not fit."""
         dataset, values = episode["dataset"], ("action", "executed", "state")
         no_text = tf.logical_and(tf.equal(episode["text"], ""), self.has_text[dataset])
         finite = tf.math.is_finite(sum(tf.reduce_sum(episode[name]) for name in values))
-        fault = tf.where(finite, 0, 4)
-        fault = tf.where(no_text, 3, fault)
-        fault = tf.where(episode["failed"], 6, fault)
-        fault = tf.where(starts <= 0, 2, fault)
-        fault = tf.where(tf.size(episode["images"]) == 0, 7, fault)
-        fault = tf.where(episode["empty"], 1, fault)
-        arguments = [dataset, episode["episode"], fault]
-        return tf.cond(fault > 0, lambda: tf.ensure_shape(
-            tf.numpy_function(self.report, arguments, tf.int32), []), lambda: starts)
+        fault = tf.where(finite, 0, NOT_FINITE)
+        fault = tf.where(no_text, NO_TEXT, fault)
+        fault = tf.where(episode["failed"], FAILED, fault)
+        fault = tf.where(count <= 0, SHORT, fault)
+        fault = tf.where(tf.size(episode["images"]) == 0, UNEVEN, fault)
+        fault = tf.where(episode["empty"], UNREADABLE, fault)
+        return tf.cond(fault > 0, lambda: self.report(dataset, episode["episode"], fault),
+                       lambda: count)
 
     def starts(self, dataset, draw, usable):
         """Numbers of the starts that are used, (n,): one in each nth of the episode, or all."""
@@ -545,9 +567,6 @@ class Reader:
         keys |= {key for spec in self.specs.values() for key, _ in columns_of(spec)}
         self.wire = {f"steps/{key}": wire_of(features[f"steps/{key}"]) for key in keys}
         self.success = entry.success if demonstrations else ""
-        if self.success and self.success not in features:
-            fail(f"dataset '{plan.name}' has no feature '{self.success}' in its features.json, "
-                 f"which should say what episodes succeeded; it has: {', '.join(features)}")
         self.widths = {key: 1 if wire.dtype == tf.string else int(np.prod(features[key].shape))
                        for key, wire in self.wire.items()}
 
@@ -690,9 +709,8 @@ class Records:
     seconds); what differs between them stands in tables, a row a file or a row a dataset.
     """
 
-    def __init__(self, plans: list, seed: int, open_files: int, opened):
-        """opened: fn(path) -> path, of a file that can be opened; else it raises."""
-        self.seed, self.open_files, self.opened = seed, open_files, opened
+    def __init__(self, plans: list, seed: int, open_files: int):
+        self.seed, self.open_files = seed, open_files
         files = [file for plan in plans for file in plan.files]
         kept = [np.flatnonzero(file.keep) for file in files]
         self.sizes = np.array([len(rows) for rows in kept])     # episodes that a file gives
@@ -713,8 +731,7 @@ class Records:
         count = np.array([len(plan.files) for plan in plans])
         base = np.cumsum(count) - count
         self.count, self.base = tf.constant(count), tf.constant(base)
-        self.groups = -(-count // open_files)                   # of an epoch
-        self.groups_of = tf.constant(self.groups)
+        self.groups = tf.constant(-(-count // open_files))      # of an epoch
         self.epoch = [int(self.sizes[b:b + n].sum()) for b, n in zip(base, count)]  # episodes
 
     def start_at(self, dataset: int, draw: int):
@@ -744,18 +761,20 @@ class Records:
 
     def group(self, dataset, number):
         """One group's episodes; not parallel: that costs gigabytes in a mix."""
-        epoch, nth = number // self.groups_of[dataset], number % self.groups_of[dataset]
+        epoch, nth = number // self.groups[dataset], number % self.groups[dataset]
         rows = self.order(dataset, epoch)[self.members(nth)]
         files = tf.data.Dataset.from_tensor_slices(rows)
         return files.interleave(no_autograph(self.file), cycle_length=self.open_files)
 
     def file(self, row):
         """(episode number, record) of one file's kept episodes."""
-        path = tf.numpy_function(self.opened, [self.path[row]], tf.string)
-        path = tf.ensure_shape(path, [])
+        path = self.path[row]
         records = tf.data.TFRecordDataset(path, buffer_size=0).ignore_errors()
         records = records.concatenate(tf.data.Dataset.from_tensors("").repeat())
         records = records.skip(self.start[row]).take(self.length[row])
+        # ignore_errors would try a file that cannot be opened for ever; this fails there
+        first_byte = tf.data.FixedLengthRecordDataset(path, 1, buffer_size=1).take(1)
+        records = first_byte.skip(1).concatenate(records)
         records = records.enumerate(self.number[row])
         if not self.scattered:
             return records
@@ -764,76 +783,81 @@ class Records:
 
 
 class Faults:
-    """The ledger of episodes that are not used. Readers report to it from tf.data's threads."""
+    """The ledger of episodes that are not used.
+
+    Readers report to it from tf.data's threads, through a queue of TensorFlow's: a Python callback
+    would need the GIL, which whoever drops an iterator holds while it waits for those threads.
+    """
 
     def __init__(self, plans: list, max_bad: float):
         self.plans, self.max_bad = plans, max_bad
         self.episodes = sum(plan.used for plan in plans)
+        self.queue = tf.queue.FIFOQueue(-1, [tf.int64], [[3]])     # dataset, episode, fault
+        self.patience = 1000 + 4 * self.episodes                # reports since the last batch
         self.bad = {}                           # (dataset, episode): what is wrong
-        self.undecodable = set()                # (block, number) of pairs
+        self.undecodable = set()                # (block, place) of pairs
         self.unfit_episodes = [{} for _ in plans]               # episode: kind
-        self.lost = self.reached = ""           # a file out of reach; why it stays so
-        self.lock = threading.Lock()
+        self.corrupt = set()                    # files that hold something unreadable
 
     def report(self, dataset, episode, fault):
-        """-> int32, the number of pairs to draw: 0, or -1, an error that ends the pipeline."""
-        plan, fault = self.plans[dataset], int(fault)
-        with self.lock:
+        """-> int32, the number of pairs to draw: 0, or -1, an error that ends the pipeline, where
+        reports come and no batch does."""
+        put = self.queue.enqueue([tf.stack([dataset, episode, tf.cast(fault, tf.int64)])])
+        with tf.control_dependencies([] if put is None else [put]):
+            return -tf.cast(self.queue.size() > self.patience, tf.int32)
+
+    def read_reports(self):
+        """Notes what was reported since. Exits where too little of the data is of use."""
+        n = int(self.queue.size())
+        if not n:
+            return
+        for dataset, episode, fault in self.queue.dequeue_many(n).numpy().tolist():
             if fault in UNFIT:
-                return np.int32(self.count(dataset, int(episode), fault))
-            if (int(dataset), int(episode)) not in self.bad:
-                file = plan.file_of(episode)
-                if fault == 1 and out_of_reach(file.path, int(episode) - file.first):
-                    self.lost = file.path
-                    return np.int32(-1)
-                where = (f"{file.path}, record {episode - file.first}, "
-                         f"episode {episode} of {plan.name}: {FAULTS[fault]}")
-                self.bad[int(dataset), int(episode)] = where
-                print(f"data_oxe: skipped {'a pair of ' if fault == 5 else ''}{where}",
-                      file=sys.stderr, flush=True)
-            return np.int32(-1 if self.too_bad() else 0)
-
-    def opened(self, path: bytes) -> bytes:
-        """The path of a file that can be opened. Another ends the pipeline here: ignore_errors
-        would try it for ever."""
-        try:
-            with tf.io.gfile.GFile(path, "rb") as file:
-                file.read(1)
-        except tf.errors.OpError:
-            self.lost = path.decode()
-            raise
-        return path
-
-    def count(self, dataset: int, episode: int, kind: int) -> int:
-        """Of an episode that is not fit; says so at the 1st, 10th, 100th ..."""
-        unfit, plan = self.unfit_episodes[dataset], self.plans[dataset]
-        if episode not in unfit:
-            unfit[episode] = kind
-            if re.fullmatch("10*", str(len(unfit))):
-                print(f"data_oxe: {plan.name}{self.unfit(plan.name)}", file=sys.stderr, flush=True)
-        return -1 if len(unfit) > MOSTLY * plan.used else 0
-
-    def too_bad(self) -> bool:
-        return len(self.bad) > self.max_bad * self.episodes or len(self.bad) >= self.episodes
-
-    def explain(self) -> bool:
-        """Was it a report that ended the pipeline? Waits for a file that is out of reach."""
-        if self.lost:
-            wait_for(self.lost)
-            self.lost = ""
-            return True
-        self.check()
-        return False
-
-    def check(self):
-        """Exits where too little of the data is of use."""
+                self.note_unfit(dataset, episode, fault)
+            elif (dataset, episode) not in self.bad:
+                self.note_bad(dataset, episode, fault)
         for plan, unfit in zip(self.plans, self.unfit_episodes):
             if len(unfit) > MOSTLY * plan.used:
                 fail(f"{len(unfit)} of {plan.used} episodes of '{plan.name}' cannot be used"
                      f"{self.unfit(plan.name)}; a frame pair spans {plan.offset + 1} steps")
-        if self.too_bad():
+        if len(self.bad) > self.max_bad * self.episodes or len(self.bad) >= self.episodes:
             fail(f"{len(self.bad)} bad episodes of {self.episodes}, more than max_bad "
                  f"{self.max_bad} allows; the last: {[*self.bad.values()][-1]}")
+
+    def note_bad(self, dataset: int, episode: int, fault: int):
+        """Raises OutOfReach where the record is not bad, but its file not to be had."""
+        plan, file = self.plans[dataset], self.plans[dataset].file_of(episode)
+        if fault == UNREADABLE and self.out_of_reach(file, episode - file.first):
+            raise OutOfReach(f"'{file.path}'")
+        where = (f"{file.path}, record {episode - file.first}, "
+                 f"episode {episode} of {plan.name}: {FAULTS[fault]}")
+        self.bad[dataset, episode] = where
+        print(f"data_oxe: skipped {'a pair of ' if fault == UNDECODABLE else ''}{where}",
+              file=sys.stderr, flush=True)
+
+    def note_unfit(self, dataset: int, episode: int, kind: int):
+        """Says so at the 1st, 10th, 100th ... of a dataset."""
+        unfit, name = self.unfit_episodes[dataset], self.plans[dataset].name
+        if episode not in unfit:
+            unfit[episode] = kind
+            if re.fullmatch("10*", str(len(unfit))):
+                print(f"data_oxe: {name}{self.unfit(name)}", file=sys.stderr, flush=True)
+
+    def out_of_reach(self, file: File, record: int) -> bool:
+        """Of a record that came empty: is it there after all, or its file not to be had (network,
+        permission)? Then it is not corrupt."""
+        if file.path in self.corrupt:
+            return False
+        try:
+            for i, content in enumerate(tf.data.TFRecordDataset(file.path)):
+                if i == record and content != b"":
+                    return True
+        except tf.errors.DataLossError:                         # here, or at a record before it
+            pass
+        except tf.errors.OpError:
+            return True
+        self.corrupt.add(file.path)
+        return False
 
     def unfit(self, name: str) -> str:
         """', skipped so far: 3 shorter than a frame pair', of a dataset, or ''."""
@@ -845,34 +869,50 @@ class Faults:
     def decodes(self, pair: dict):
         """Is a pair none of those that are known not to decode?"""
         bad = tf.constant(sorted(self.undecodable), tf.int64)   # (n, 2)
-        here = tf.stack([pair["block"], pair["number"]])
+        here = tf.stack([pair["block"], pair["place"]])
         return ~tf.reduce_any(tf.reduce_all(bad == here, 1))
 
 
-def out_of_reach(path: str, record: int) -> bool:
-    """Of a record that came empty: is it there after all, or its file not to be had (network,
-    permission)? Then it is not corrupt."""
-    try:
-        return any(i == record for i, _ in enumerate(tf.data.TFRecordDataset(path)))
-    except tf.errors.DataLossError:                             # here, or at a record before it
-        return False
-    except tf.errors.OpError:
-        return True
+class OutOfReach(Exception):
+    """A file that cannot be read now: network, permission, credentials."""
 
 
-def wait_for(path: str, seconds=(1, 5, 20, 60, 120)):
-    """Until a file can be opened again; exits after some minutes."""
-    for pause in seconds:
-        with contextlib.suppress(tf.errors.DataLossError):
-            try:
-                list(tf.data.TFRecordDataset(path).take(1))
-                return
-            except tf.errors.OpError as error:
-                reason = type(error).__name__
-        print(f"data_oxe: cannot read '{path}' ({reason}); trying again in {pause} s",
-              file=sys.stderr, flush=True)
+def first_line(error: tf.errors.OpError) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+class Patience:
+    """Waits longer each time it is called; exits after some minutes."""
+
+    def __init__(self):
+        self.pauses = iter((1, 5, 20, 60, 120))
+
+    def __call__(self, reason):
+        pause = next(self.pauses, None)
+        if pause is None:
+            fail(f"cannot read {reason}; check the network and your credentials, then --resume")
+        print(f"data_oxe: cannot read {reason}; trying again in {pause} s", file=sys.stderr,
+              flush=True)
         time.sleep(pause)
-    fail(f"cannot read '{path}' ({reason}); check the network and your credentials, then --resume")
+
+
+def values_of(path: str, parse, count: int = -1) -> list:
+    """parse(record) of the first `count` records of a file (-1: all), as numpy, up to a corrupt
+    one. A file that is out of reach is tried again from its start."""
+    wait = Patience()
+    while True:
+        values = []
+        try:
+            parsed = tf.data.TFRecordDataset(path).take(count).map(no_autograph(parse))
+            for value in parsed.as_numpy_iterator():
+                values.append(value)
+            return values
+        except tf.errors.DataLossError:
+            return values
+        except tf.errors.InvalidArgumentError as error:
+            fail(f"a record of '{path}' does not fit features.json ({first_line(error)})")
+        except tf.errors.OpError as error:
+            wait(f"'{path}' ({first_line(error)})")
 
 
 # ------------------------------------------------------------ decoding
@@ -931,7 +971,7 @@ class Plan:
     files: list[File]           # those with at least one kept episode
     features: dict              # flat key -> TFDS feature (shape, dtype, encoding)
     counts: dict[str, int]      # true numbers of episodes: recorded, train, val, used
-    pairs: float                # mean number of pairs an episode gives, from a look at some
+    pairs: float                # mean number of pairs a draw gives, from a look at some episodes
     frames: float               # estimated number of frames of the used episodes, likewise
     pair_bytes: float           # encoded size of one frame pair, likewise
     fingerprint: list           # of the recording: bytes, episodes of each file
@@ -940,7 +980,7 @@ class Plan:
     def picture(self):
         return self.features[f"steps/{self.entry.image}"]
 
-    @property
+    @cached_property
     def used(self) -> int:
         """Episodes of this rank."""
         return int(sum(file.keep.sum() for file in self.files))
@@ -949,8 +989,8 @@ class Plan:
         return [file for file in self.files if file.first <= episode][-1]
 
 
-def make_plan(cfg: DataConfig, name: str, split: str, horizon_s: float | None, rank: int,
-              world: int) -> Plan:
+def make_plan(cfg: DataConfig, name: str, split: str, horizon_s: float | None,
+              demonstrations: bool, rank: int, world: int) -> Plan:
     """One dataset of the mix, from its metadata: which episodes, which features, how far apart."""
     entry = find_entry(cfg.data, name)
     builder = open_builder(cfg.data, name, entry)
@@ -961,15 +1001,18 @@ def make_plan(cfg: DataConfig, name: str, split: str, horizon_s: float | None, r
     if split == "train":
         ids = np.array_split(ids, world)[rank]                  # ranges: few files do not matter
     offset = pair_offset(name, entry, horizon_s)
-    lengths, sizes = glance(name, builder, shards, f"steps/{entry.image}", features)
-    usable = np.array(lengths) - offset - entry.skip
-    pairs = np.clip(usable, 0, cfg.pairs_per_episode or None).mean()
-    if not pairs:
+    lengths, sizes, fit = glance(name, builder, shards, entry, features)
+    usable = np.clip(np.array(lengths) - offset - entry.skip, 0, cfg.pairs_per_episode or None)
+    if not usable.any():
         fail(f"none of {len(lengths)} episodes of dataset '{name}', of at most {max(lengths)} "
              f"steps, is long enough for a frame pair of {offset + 1} steps; give a shorter "
              f"horizon")
+    if demonstrations and not any(fit):
+        fail(f"none of {len(lengths)} episodes of dataset '{name}' has an instruction and success; "
+             f"leave it out of --mix")
+    pairs = (usable * fit if demonstrations else usable).mean()
     info = builder.info.splits["train"]
-    return Plan(name, entry, offset, files_of(shards, ids), features, counts, max(pairs, 1.0),
+    return Plan(name, entry, offset, files_of(shards, ids), features, counts, max(pairs, 0.1),
                 float(np.mean(lengths)) * counts["used"], 2 * float(np.mean(sizes)),
                 [info.num_bytes, list(info.shard_lengths)])
 
@@ -1072,28 +1115,38 @@ def files_of(shards: list, ids: np.ndarray) -> list[File]:
     return [file for file in files if file.keep.any()]
 
 
-def glance(name: str, builder, shards: list, key: str, features: dict) -> tuple[list, list]:
-    """Lengths and mean encoded image sizes of up to 32 readable episodes of eight files that are
-    spread over the dataset; the same on every rank, and remembered."""
-    remembered, remember = side_file(builder, "glance", key=key)
+def glance(name: str, builder, shards: list, entry: Entry, features: dict) -> tuple:
+    """Of some 32 readable episodes of up to nine files that are spread over the dataset: lengths,
+    mean encoded sizes of their images, and whether they have an instruction and success, where the
+    dataset says so. The same on every rank, and remembered."""
+    key, texts = f"steps/{entry.image}", [f"steps/{text}" for text in texts_of(entry)]
+    success = [entry.success] if entry.success else []
+    remembered, remember = side_file(builder, "glance", keys=[key, *texts, *success])
     if remembered is not None:
         return remembered
+    wire = {k: wire_of(features[k]) for k in (key, *texts, *success)}
+    pixels = int(np.prod([x or 1 for x in features[key].shape]))
+
+    def look(record):
+        parsed = tf.io.parse_single_example(record, wire)
+        images, fit = parsed[key], tf.constant(True)
+        encoded = images.dtype == tf.string
+        if texts:
+            words = [tf.strings.strip(tf.strings.reduce_join(as_text(parsed[k]))) for k in texts]
+            fit = tf.reduce_any(tf.not_equal(words, ""))
+        if success:
+            fit = tf.logical_and(fit, tf.reduce_any(parsed[entry.success][-1:] > 0))
+        size = tf.reduce_mean(tf.strings.length(images)) if encoded else pixels
+        return tf.size(images) // (1 if encoded else pixels), size, fit
     chosen = shards[::max(1, -(-len(shards) // 8))]
-    each, lengths, sizes = -(-32 // len(chosen)), [], []
-    feature = features[key]
-    pixels = int(np.prod([x or 1 for x in feature.shape]))
-    for shard in chosen:
-        for record in tf.data.TFRecordDataset(shard.filename).ignore_errors().take(each):
-            images = tf.io.parse_single_example(record, {key: wire_of(feature)})[key]
-            encoded = images.dtype == tf.string
-            lengths.append(len(images) // (1 if encoded else pixels))
-            size = tf.reduce_mean(tf.strings.length(images)) if encoded else pixels
-            sizes.append(float(size))
-    if not any(lengths):
+    seen = [x for shard in chosen for x in values_of(shard.filename, look, -(-32 // len(chosen)))]
+    if not any(length for length, _, _ in seen):
         fail(f"dataset '{name}' has no readable episode in its {len(shards)} files, the first is "
              f"'{shards[0].filename}'")
-    remember([lengths, sizes])
-    return lengths, sizes
+    lengths, sizes, fit = zip(*seen)
+    found = [int(x) for x in lengths], [float(x) for x in sizes], [bool(x) for x in fit]
+    remember(found)
+    return found
 
 
 def episode_values(builder, features: dict, key: str) -> list[str | None]:
@@ -1107,7 +1160,6 @@ def episode_values(builder, features: dict, key: str) -> list[str | None]:
     remembered, remember = side_file(builder, what, key=key)
     feature, width = features[key], int(np.prod(features[key].shape))
 
-    @no_autograph
     def value(record):
         x = tf.io.parse_single_example(record, {key: wire_of(feature)})[key][:width]
         is_text = x.dtype == tf.string or width > 1
@@ -1117,8 +1169,7 @@ def episode_values(builder, features: dict, key: str) -> list[str | None]:
     for shard in tqdm(shards, desc=f"{builder.name}: {key}", unit="file", disable=None):
         known = (remembered or [])[len(values):len(values) + shard.take]
         if not known or None in known:
-            records = tf.data.TFRecordDataset(shard.filename).ignore_errors()
-            known = [x.decode("utf-8", "replace") for x in records.map(value).as_numpy_iterator()]
+            known = [x.decode("utf-8", "replace") for x in values_of(shard.filename, value)]
             known += [None] * (shard.take - len(known))         # the reader will report these
             read += 1
         values += known
@@ -1183,8 +1234,19 @@ def flat_features(builder) -> dict:
 
 
 def check_features(name: str, entry: Entry, features: dict):
-    """The registry against the dataset's own features.json: every key there, of the declared
-    width."""
+    """The registry (or entry.json) against the dataset's own features.json: every key there, of
+    the declared width."""
+    for spec in (entry.action, entry.executed):
+        unknown = set(kinds_of(spec)) - KINDS.keys()
+        if unknown:
+            fail(f"dataset '{name}': its entry has action letters {sorted(unknown)}, known are "
+                 f"{', '.join(KINDS)}")
+    if entry.executed and len(kinds_of(entry.executed)) != len(kinds_of(entry.action)):
+        fail(f"dataset '{name}': its entry has {len(kinds_of(entry.action))} dimensions of action, "
+             f"{len(kinds_of(entry.executed))} of executed")
+    if entry.success and entry.success not in features:
+        fail(f"dataset '{name}' has no feature '{entry.success}' in its features.json, which "
+             f"should say what episodes succeeded; it has: {', '.join(features)}")
     wanted = [(key, None) for key in (entry.image, *texts_of(entry))]
     for spec in (entry.action, entry.executed, entry.state):
         wanted += [(key, len(kinds)) for key, kinds in columns_of(spec)]
@@ -1224,7 +1286,7 @@ def shares(cfg: DataConfig, frames: dict[str, float]) -> np.ndarray:
 
     A number in a mix is a share of the pairs, except in the published mixes, where it multiplies
     the dataset's size, as in Octo and OpenVLA; so that such a mix can stand beside other names, its
-    members count 1 on average. 'proportionate' multiplies all numbers by sizes.
+    members count as their numbers do on average. 'proportionate' multiplies all numbers by sizes.
     """
     members = parse_mix(cfg.mix)
     if cfg.weights == "equal":
@@ -1257,8 +1319,8 @@ def find_entry(data: str, name: str) -> Entry:
              f"there '{folder}/VERSION/entry.json'{record}")
     try:
         stored = json.loads(tf.io.gfile.GFile(own[-1]).read())
-        stored = {"skip" if key == "first" else key: value for key, value in stored.items()}
-        return Entry(**stored)                                  # "first": the name until lately
+        # "first" is what "skip" was called until lately
+        return Entry(**{"skip" if key == "first" else key: x for key, x in stored.items()})
     except (TypeError, ValueError) as error:
         fail(f"'{own[-1]}' is not an Entry: {error}")
 
@@ -1318,8 +1380,8 @@ def to_device(batch: dict, device, image_size: int) -> dict:
     out = {k: send(v, device) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
     frames = batch.get("frames")
     if isinstance(frames, list):
-        shape = len(frames), 2, image_size, image_size, 3
-        out["frames"] = torch.empty(shape, dtype=torch.uint8, device=device)
+        common = len(frames), 2, image_size, image_size, 3
+        out["frames"] = torch.empty(common, dtype=torch.uint8, device=device)
         for shape in {x.shape for x in frames}:                 # one resize for all pairs of a size
             rows = [i for i, x in enumerate(frames) if x.shape == shape]
             same = send(np.stack([frames[i] for i in rows]), device)
@@ -1492,8 +1554,8 @@ def inspect(data: str = "data", mix: str = "metaworld_corner4", weights: str = "
     cfg = DataConfig(data=data, mix=mix, weights=weights, holdout=holdout, shuffle_mb=64)
     loader = Loader(cfg, split, 32, image_size, chunk=8, horizon_s=horizon_s, demonstrations=False,
                     seed=seed)
-    print(loader.summary())
     rows = list(loader.peek(batches))
+    print(loader.summary())                                     # with what these batches skipped
     for key in rows[0]:
         if key == "instruction":
             texts = sorted({text for batch in rows for text in batch[key]})
@@ -1570,15 +1632,13 @@ def statistics(data: str, name: str) -> dict:
     wire = {f"steps/{key}": wire_of(features[f"steps/{key}"])
             for spec in specs.values() for key, _ in columns_of(spec)}
 
-    @no_autograph
     def parse(record):
         parsed = tf.io.parse_single_example(record, wire)
         return {what: read_columns(parsed, specs[what], features, -1) for what in rows}
     from tqdm import tqdm
     shards, lost = builder.info.splits["train"].file_instructions, 0
     for shard in tqdm(shards if rows else (), desc=name, unit="file", disable=None):
-        records = tf.data.TFRecordDataset(shard.filename).ignore_errors()
-        episodes = list(records.map(parse).as_numpy_iterator())
+        episodes = values_of(shard.filename, parse)
         if len(episodes) < shard.take:
             print(f"data_oxe: {shard.take - len(episodes)} unreadable episodes in {shard.filename}",
                   file=sys.stderr)

@@ -606,7 +606,7 @@ class Targets:
 
 @cache
 def flow_workers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(8, os.cpu_count()))
+    return ThreadPoolExecutor(min(8, data_oxe.threads_here()))
 
 
 def optical_flow(frames) -> np.ndarray:

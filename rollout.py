@@ -6,8 +6,9 @@
     python rollout.py --compare latent=runs/a none=runs/b               # a table of evaluations
 
 In: a policy/ folder as finetune.py exports it (policy.pt2, tokenizer, manifest.json `policy.v1`).
-Out: OUT/results.json and OUT/TASK.gif; OUT/episodes_RANK.jsonl holds the episodes as they end. With
---record DATA/WORLD_CAMERA/VERSION, which data_oxe.py reads.
+Out: OUT/results.json and OUT/TASK.gif; OUT/episodes_RANK.jsonl holds the episodes as they end (OUT
+is a folder that all processes of torchrun see). With --record DATA/WORLD_CAMERA/VERSION, which
+data_oxe.py reads.
 
 Simulation runs in spawned worker processes that never import TensorFlow: its libraries and Mesa's
 renderer crash in one process.
@@ -100,6 +101,7 @@ class MetaWorld:
         import mujoco
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
+        warnings.filterwarnings("ignore", "Constant")       # experts exceed -1..1 by design
         self.env = env = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
         self.scripted = ENV_POLICY_MAP[f"{task}-v3"]
         env.seeded_rand_vec = True          # starts are drawn from env.seed(): reset ignores seeds
@@ -128,7 +130,6 @@ class MetaWorld:
         return reward, bool(info["success"])
 
     def expert(self) -> np.ndarray:
-        warnings.filterwarnings("ignore", "Constant")       # they exceed -1..1 by design
         return np.clip(self.policy.get_action(self.observation), -1, 1)
 
     @property
@@ -173,13 +174,12 @@ def policy_episode(task: str, seed: int, cfg: Config, spec: dict, tokens, film: 
     world.reset(seed)
     while steps < cfg.max_steps and not success:
         if not queue:
-            image = as_loaded(world.image(spec["source_size"]), spec)
+            image = torch.from_numpy(as_loaded(world.image(spec["source_size"]), spec))
+            state = torch.from_numpy(world.state)
             noise = rng.standard_normal((1, spec["chunk"], spec["action_dim"]), np.float32)
-            inputs = (torch.from_numpy(x) for x in (image[None], world.state[None], noise))
-            image, state, noise = inputs
             with torch.inference_mode():
-                chunk = policy(image, state, ids, mask, noise)[0]       # (C, A)
-            queue = list(chunk.numpy()[:cfg.replan or None])
+                chunk = policy(image[None], state[None], ids, mask, torch.from_numpy(noise))
+            queue = list(chunk[0].numpy()[:cfg.replan or None])         # of C actions
         if film and steps % 4 == 0:
             frames.append(world.image(160))
         _, success = world.step(queue.pop(0))
@@ -335,7 +335,7 @@ def check(cfg: Config):
         fail(f"unknown --world '{cfg.world}'; known: {', '.join(WORLDS)}")
     world = WORLDS[cfg.world]
     sentences = world.sentences()
-    unknown = [task for task in cfg.tasks if task not in sentences]
+    unknown = [task for task in cfg.tasks or [""] if task not in sentences]
     if unknown:
         fail(f"unknown task '{unknown[0]}'; known: {', '.join(sentences)}")
     if cfg.record and not cfg.camera:
@@ -357,13 +357,10 @@ def check(cfg: Config):
 
 
 # ------------------------------------------------------------ worker processes
-RENDERING = "rendering needs EGL or OSMesa: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri"
-
-
 def run_jobs(jobs: list[tuple], workers: int, label: str):
     """Yields the results of jobs (function, *arguments) in their order. Where a worker dies, what
-    was not yielded runs again in new ones; exits where the same job's turn ends so twice."""
-    done, broken_at = 0, None
+    was not yielded runs again in new ones; exits where none was yielded in between."""
+    done, broken_at = 0, 0
     silent = int(os.environ.get("RANK", 0)) > 0
     with tqdm(total=len(jobs), desc=label, unit="episode", mininterval=2, disable=silent) as bar:
         while done < len(jobs):
@@ -375,10 +372,11 @@ def run_jobs(jobs: list[tuple], workers: int, label: str):
                     bar.update()
                     yield result
             except BrokenProcessPool:
-                what = f"a simulation process died at {jobs[done][1:3]}, see above"
-                if broken_at == done or not done:
-                    fail(f"{what}; {RENDERING} (MUJOCO_GL={os.environ['MUJOCO_GL']})")
-                bar.write(f"rollout: {what}; going on in new ones", file=sys.stderr)
+                died = f"a simulation process died after {done} of {len(jobs)} episodes, see above"
+                if broken_at == done:
+                    fail(f"{died}; if nothing is, memory may have run out: fewer --workers than "
+                         f"{workers}")
+                bar.write(f"rollout: {died}; going on in new ones", file=sys.stderr)
                 broken_at = done
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -391,7 +389,9 @@ def start_worker():
         import mujoco
         mujoco.GLContext(64, 64).free()
     except Exception as error:                              # bindings fail in many ways
-        print(f"no renderer: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"no renderer at MUJOCO_GL={os.environ['MUJOCO_GL']} ({type(error).__name__}: "
+              f"{error}); rendering needs EGL or OSMesa: apt-get install libegl1 libegl-mesa0 "
+              f"libgl1-mesa-dri", file=sys.stderr, flush=True)
         os._exit(1)
 
 
@@ -401,10 +401,13 @@ def workers_here(cfg: Config) -> int:
     if cfg.workers:
         return cfg.workers
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")               # a job's, where there is one
+    if limit.exists() and limit.read_text().strip().isdigit():
+        memory = min(memory, int(limit.read_text()))
     policy = 0 if cfg.record else (Path(cfg.policy) / "policy.pt2").stat().st_size
     fit = int(0.8 * memory / (1e9 + 2 * policy))
-    return max(1, min(os.cpu_count() // processes, fit))
+    return max(1, min(len(os.sched_getaffinity(0)), fit) // processes)
 
 
 @cache
@@ -434,16 +437,16 @@ def load_manifest(cfg: Config) -> dict:
             fail(f"policy '{folder}': {key} is {spec.get(key)!r}, {cfg.world} needs {here!r}")
     sizes = {name.removeprefix(f"{cfg.world}_"): size for name, size in spec["datasets"].items()
              if name.startswith(f"{cfg.world}_")}
-    if not sizes:
-        fail(f"policy '{folder}' was trained on {list(spec['datasets'])}, none of them a "
-             f"{cfg.world}_CAMERA dataset")
-    seen = next(iter(sizes))
-    camera = cfg.camera or seen
+    if not spec["units_of"].startswith(f"{cfg.world}_"):
+        fail(f"policy '{folder}' acts in the units of '{spec['units_of']}', the first dataset of "
+             f"its mix, not of a {cfg.world}_CAMERA dataset: train it with such a one first")
+    first_camera = next(iter(sizes))
+    camera = cfg.camera or first_camera
     if camera not in sizes:
         print(f"warning: policy '{folder}' has not seen camera {camera}, only "
               f"{', '.join(sizes)}", file=sys.stderr)
     open_program(folder / "policy.pt2")                     # faults are told here, not in workers
-    return {**spec, "camera": camera, "source_size": sizes.get(camera, sizes[seen])}
+    return {**spec, "camera": camera, "source_size": sizes.get(camera, sizes[first_camera])}
 
 
 def tokenize(cfg: Config, spec: dict) -> dict[str, tuple]:
@@ -604,6 +607,7 @@ def run(cfg: Config):
     """Runs main. Processes of torchrun end without destructors: gloo's joins threads that may wait
     for the GIL, which it holds. One that fails does not wait for the others."""
     code, alone = 0, int(os.environ.get("WORLD_SIZE", 1)) == 1
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))     # ends workers
     try:
         main(cfg)
     except KeyboardInterrupt:

@@ -319,15 +319,44 @@ def test_what_is_ordinary_in_oxe_is_counted_and_skipped_without_a_limit(fault, s
         assert 3 in {int(e) for b in take(make(demonstrations=False), 30) for e in b["episode"]}
 
 
-def test_mostly_unfit_data_is_an_error(tmp_path):
+def test_mostly_unfit_data_is_an_error(tmp_path, monkeypatch):
+    """At the start, where a look at some episodes tells; else as soon as they were met."""
     fake(tmp_path, "bridge", episodes=10)
-    path, = (tmp_path / "bridge/0.1.0").glob("*.tfrecord*")
+    folder = tmp_path / "bridge/0.1.0"
+    loader = loader_of(tmp_path, "bridge", "train", 8, 0, val_fraction=0)
+    path, = folder.glob("*.tfrecord*")
     key = "steps/observation/natural_language_instruction"
     rewrite(path, lambda i, f: f[key].bytes_list.value.__setitem__(slice(None), [b""] * 12))
     with pytest.raises(SystemExit, match="10 of 10 episodes of 'bridge' cannot be used.*instruction"):
-        take(loader_of(tmp_path, "bridge", "train", 8, 0, val_fraction=0), 30)
+        take(loader, 5)
+    (folder / "nanolapa_glance.json").unlink()
+    with pytest.raises(SystemExit, match="none of 10 episodes of dataset 'bridge' has an instruction"):
+        loader_of(tmp_path, "bridge", "train", 8, 0, val_fraction=0)
+    loader_of(tmp_path, "bridge", "train", 8, 0, val_fraction=0, demonstrations=False)
     with pytest.raises(SystemExit, match="none of 10 episodes of dataset 'bridge'.*long enough"):
         loader_of(tmp_path, "bridge", "train", 8, 0, horizon_s=20.0)
+
+
+def test_an_iterator_is_dropped_while_episodes_are_reported(tmp_path):
+    """Half of them are unfit and many are read ahead: nobody waits for the other."""
+    fake(tmp_path, "bridge", episodes=20)
+    path, = (tmp_path / "bridge/0.1.0").glob("*.tfrecord*")
+    key = "steps/observation/natural_language_instruction"
+    rewrite(path, lambda i, f: i % 2 and f[key].bytes_list.value.__setitem__(slice(None), [b""] * 12))
+    loader = loader_of(tmp_path, "bridge", "train", 8, 0, val_fraction=0)
+    assert loader.plans[0].pairs == 0.5 * 6                     # which its share of a mix accounts for
+    for _ in range(30):
+        loader.pipeline = None, None
+        assert len(next(iter(loader))["step"]) == 8
+
+
+def test_what_is_read_beforehand_waits_for_its_file(tmp_path, monkeypatch, capsys):
+    fake(tmp_path, "bridge", episodes=10)
+    path, = (tmp_path / "bridge/0.1.0").glob("*.tfrecord*")
+    path.rename(tmp_path / "away")
+    monkeypatch.setattr(data_oxe.time, "sleep", lambda seconds: (tmp_path / "away").rename(path))
+    assert len(data_oxe.values_of(str(path), tf.strings.length)) == 10
+    assert "trying again in 1 s" in capsys.readouterr().err
 
 
 def test_failed_episodes_are_no_demonstrations(tmp_path, capsys):
@@ -536,7 +565,7 @@ def test_another_recording_does_not_resume(oxe, tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "c")
     state = loader_of(tmp_path / "a", "bridge", "train", 8, 0).state_dict()
     loader_of(tmp_path / "c", "bridge", "train", 8, 0).load_state_dict(state)
-    with pytest.raises(SystemExit, match="recorded as was"):
+    with pytest.raises(SystemExit, match="checksum of the recording was"):
         loader_of(tmp_path / "b", "bridge", "train", 8, 0).load_state_dict(state)
 
 
@@ -556,7 +585,7 @@ def test_lengths_are_looked_up_over_the_whole_dataset(tmp_path):
 
 
 def test_threads_are_this_process_s_share_of_the_cores(monkeypatch, oxe):
-    monkeypatch.setattr(data_oxe.os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(data_oxe.os, "sched_getaffinity", lambda process: set(range(12)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert loader_of(oxe, "bridge", "train", 8, 0).threads == 3
     assert loader_of(oxe, "bridge", "train", 8, 0, threads=5).threads == 5
