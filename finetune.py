@@ -17,7 +17,7 @@ mix's first dataset; it runs with torch alone.
 The head is a flow-matching model of the action chunk given the trunk's readout token (SmolVLA,
 arXiv 2506.01844).
 Letters: B batch, L text tokens, P image tokens, C chunk, A action width, Ds state width, W trunk
-width, N flow width.
+width, N width of the flow's vector.
 """
 import contextlib
 import copy
@@ -59,7 +59,7 @@ transformers_logging.disable_progress_bar()
 @dataclass
 class Config(data_oxe.DataConfig):
     out: str = "runs/finetune"              # checkpoints, metrics, hand-over files
-    overwrite: bool = False                 # start anew in an OUT that holds a run
+    overwrite: bool = False                 # start anew in an OUT that holds a run or its files
 
     # model
     init: str = "runs/vla/stage2"           # stage2/ of vla.py, or 'none': no latent pretraining
@@ -78,20 +78,20 @@ class Config(data_oxe.DataConfig):
     steps: int = 600                        # optimizer steps; 0 exports the untrained model
     batch_size: int = 32                    # samples a step over all processes
     micro_batch: int = 0                    # samples a forward pass (gradients add up); 0: all
-    lr: float | None = None                 # peak learning rate; None: by the model's size
+    lr: float | None = None                 # peak learning rate; None: by --size or --trunk
     final_lr: float = 0.1                   # at the end of the cosine, as a share of the peak
-    warmup_steps: int | None = None         # of linear warm-up; None: by the model's size
+    warmup_steps: int | None = None         # of linear warm-up; None: by --size or --trunk
     weight_decay: float = 0.01              # AdamW's, of matrices
     grad_clip: float = 1.0                  # maximum gradient norm
     dtype: Literal["float32", "bfloat16"] = "float32"   # bfloat16: autocast
-    compile: bool = False                   # torch.compile the training step
+    compile: bool = False                   # torch.compile the model's forward and backward
 
     # run
     eval_every: int = 250                   # steps between validations
     eval_batches: int = 16                  # batches of 64 in a validation
     save_every: int = 250                   # steps between checkpoints
     log_every: int = 10                     # steps between lines of metrics.jsonl
-    seed: int = 0                           # of initialization, data order and augmentation
+    seed: int = 0                           # of weights, data order, noise and augmentation
     wandb: bool = False                     # also log to Weights & Biases
     resume: str = ""                        # checkpoint last.pt to continue from, in its folder
     export_only: bool = False               # with --resume: write the hand-over again and stop
@@ -119,9 +119,9 @@ class Policy(nn.Module):
         dataset = batch["dataset"]                                      # (B,)
         offset, scale = self.action_offset[dataset], self.action_scale[dataset]     # (B, A)
         chunk = (batch["actions"] - offset[:, None]) / scale[:, None]   # (B, C, A)
-        weight = batch["action_mask"][..., None] * self.action_real[dataset][:, None]
+        weight = batch["action_mask"][..., None].expand_as(chunk).float()
         condition = self.condition(batch, dataset)
-        return {"flow": self.head.loss(chunk.flatten(1), condition, weight.float().flatten(1))}
+        return {"flow": self.head.loss(chunk.flatten(1), condition, weight.flatten(1))}
 
     def act(self, batch: dict, noise):
         first = torch.zeros_like(batch["ids"][:, 0])                    # (B,)
@@ -140,9 +140,9 @@ class Policy(nn.Module):
 
 def statistics(loader, how: str, batches: int = 32) -> dict:
     """Offset and scale of actions and state from the labelled episodes that a loader reads, a row a
-    dataset: {'action_offset': (datasets, A), ...}, and which action dimensions are real."""
+    dataset: {'action_offset': (datasets, A), ...}."""
     rows = list(loader.peek(batches))
-    names = "action_offset", "action_scale", "state_offset", "state_scale", "action_real"
+    names = "action_offset", "action_scale", "state_offset", "state_scale"
     table = {name: [] for name in names}
     for i, name in enumerate(loader.names):
         mine = [batch["dataset"] == i for batch in rows]
@@ -155,8 +155,6 @@ def statistics(loader, how: str, batches: int = 32) -> dict:
             offset, scale = normalization(np.concatenate(values), how)
             table[f"{what}_offset"].append(offset)
             table[f"{what}_scale"].append(scale)
-        width = len(data_oxe.kinds_of(loader.plans[i].entry.action))
-        table["action_real"].append(np.arange(loader.action_dim) < width)
     return {name: torch.tensor(np.stack(values), dtype=torch.float32)
             for name, values in table.items()}
 
@@ -192,11 +190,12 @@ class Trunk(nn.Module):
         image = self.vlm.connector(self.see(images))                                # (B, P, W)
         text = text_model.get_input_embeddings()(ids)                               # (B, L, W)
         readout = self.readout.expand(B, 1, -1).to(text.dtype)
-        tokens = torch.cat([image, text, readout], 1)                               # (B, N, W)
+        tokens = torch.cat([image, text, readout], 1)                               # (B, T, W)
         seen = torch.cat([mask.new_ones(B, image.shape[1]), mask, mask.new_ones(B, 1)], 1)
-        n = tokens.shape[1]
-        causal = torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()
-        seen = causal & seen.bool()[:, None, None]          # (B, 1, N, N): not asked for on the CPU
+        T = tokens.shape[1]
+        causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
+        seen = causal & seen.bool()[:, None, None]          # (B, 1, T, T), taken as it is; of a
+        # (B, T) mask transformers asks the GPU whether it is all ones
         hidden = text_model(inputs_embeds=tokens, attention_mask=seen, use_cache=False)
         return hidden.last_hidden_state[:, -1].float()                              # (B, W)
 
@@ -287,8 +286,7 @@ class Tokens:
     def tokenize(self, text: str) -> tuple[list, list]:
         whole = self.tokenizer(text)["input_ids"]
         if len(whole) > self.length:
-            print(f"--text-len {self.length} cuts the {len(whole)} tokens of '{text}'",
-                  file=sys.stderr)
+            warn(f"--text-len {self.length} cuts the {len(whole)} tokens of '{text}'")
         x = self.tokenizer(text, padding="max_length", max_length=self.length, truncation=True)
         return x["input_ids"], x["attention_mask"]
 
@@ -341,8 +339,9 @@ def main(cfg: Config) -> int:
                    chunk=cfg.chunk)
     loader = load("train", local, seed=cfg.seed, rank=rank, world=world)
     val_loader = load("val", 64, seed=1, shuffle_mb=8)
-    if not loader.action_dim:
-        fail(f"no dataset of --mix '{cfg.mix}' has actions, and a policy learns from actions")
+    widths = {plan.name: len(data_oxe.kinds_of(plan.entry.action)) for plan in loader.plans}
+    if min(widths.values()) < max(1, loader.action_dim):
+        fail(f"a policy learns actions of one width from all of --mix, but these are {widths} wide")
     stats = statistics(load("train", 64, image_size=0, seed=0, shuffle_mb=8), cfg.normalize)
 
     torch.manual_seed(cfg.seed)                             # the same head whatever the trunk drew
@@ -359,24 +358,25 @@ def main(cfg: Config) -> int:
     flops = flops_a_sample(model, cfg, device)
     log = Logger(cfg, rank, world, start, flops, device)
     log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
-    stop_flag, batches = StopFlag(device), loader.to(device)
+    stop_flag, batches = StopFlag(cfg, device), loader.to(device)
 
     for step in range(start, cfg.steps + 1):                            # one more: evaluates, saves
-        stop, last = stop_flag(), step == cfg.steps
+        stop, last = stop_flag(step), step == cfg.steps
         if not stop and (last or step % cfg.eval_every == 0):
-            metrics = evaluate(model, cfg, val_loader, tokens, device)
+            with log.paused():
+                metrics = evaluate(model, cfg, val_loader, tokens, device)
             log.print(f"step {step}: {describe(metrics)}")
             log.write(step, {f"val_{k}": v for k, v in metrics.items()})
         if stop or last or (step > start and step % cfg.save_every == 0):
-            log.check_gradients()
-            save_checkpoint(cfg, step, model, optimizer, loader)
+            with log.paused():
+                log.check_gradients()
+                save_checkpoint(cfg, step, model, optimizer, loader)
         if stop or last:
             break
 
-        log.start()
         start_step(cfg, step, optimizer, rank, world)                   # learning rate, randomness
-        batch = next(batches)
-        log.got_batch()
+        with log.waiting():
+            batch = next(batches)
         means = {}
         for piece, share, is_last in pieces(to_inputs(batch, tokens, device), micro):
             train.require_backward_grad_sync = is_last                  # DDP: average once a step
@@ -399,19 +399,20 @@ def main(cfg: Config) -> int:
 
 # ------------------------------------------------------------ a reader may stop here
 def check(cfg: Config, pretraining: dict):
-    """Fills in what the trunk asks for: a large one wants a tenth of the rate, and patience."""
+    """Fills in learning rate and warm-up: a large trunk wants a tenth of tiny's rate."""
     tiny = pretraining.get("trunk", cfg.trunk) == "tiny"
     if cfg.lr is None:
         cfg.lr = 1e-3 if tiny else 1e-4
     if cfg.warmup_steps is None:
-        cfg.warmup_steps = 50 if tiny else 1000
+        cfg.warmup_steps = min(50 if tiny else 1000, cfg.steps // 4)
 
 
 def flops_a_sample(model: Policy, cfg: Config, device) -> int:
     """Of forward and backward."""
     images, state, ids, mask, actions = example_of(model, cfg, device)
     inputs = {"images": images, "state": state, "ids": ids, "mask": mask, "actions": actions,
-              "action_mask": actions[..., 0] < 9, "dataset": 0 * ids[:, 0]}
+              "action_mask": torch.ones(2, cfg.chunk, dtype=torch.bool, device=device),
+              "dataset": torch.zeros_like(ids[:, 0])}
     return flops_of(model, lambda: model(inputs)) // 2
 
 
@@ -441,6 +442,8 @@ def read_stage2(cfg: Config) -> dict:
     for key, here in {"schema": "smolvla_shared.v1", "text_len": cfg.text_len}.items():
         if manifest.get(key) != here:
             fail(f"--init '{cfg.init}': {key} is {manifest.get(key)!r}, expected {here!r}")
+    if not isinstance(manifest.get("config"), dict) or "text_layers" not in manifest["config"]:
+        fail(f"'{path}' is damaged: it lacks the settings of the run that wrote it")
     warn_of_holdout(cfg, manifest["config"], cfg.init)
     return manifest
 
@@ -467,9 +470,8 @@ def warn_of_holdout(cfg, earlier: dict, path: str):
     """Validation is only held out if the stage before held out the same."""
     for name in ("val_fraction", "holdout"):
         if earlier.get(name) != getattr(cfg, name):
-            print(f"warning: '{path}' was trained with {name} {earlier.get(name)!r}, this is "
-                  f"{getattr(cfg, name)!r}: validation may hold episodes that it has seen",
-                  file=sys.stderr)
+            warn(f"'{path}' was trained with {name} {earlier.get(name)!r}, this is "
+                 f"{getattr(cfg, name)!r}: validation may hold episodes that it has seen")
 
 
 def tiny_config() -> SmolVLMConfig:
@@ -488,6 +490,7 @@ def load_trunk(name: str, text_layers: int, tokenizer: str = "") -> tuple[Trunk,
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer or name)
         vlm, info = SmolVLMModel.from_pretrained(name, dtype=torch.float32,
+                                                 attn_implementation="sdpa",
                                                  output_loading_info=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         fail(f"no pretrained SmolVLM2 at '{name}' ({str(error).splitlines()[0]}); give a Hugging "
@@ -501,13 +504,13 @@ def load_trunk(name: str, text_layers: int, tokenizer: str = "") -> tuple[Trunk,
     return Trunk(vlm), tokenizer
 
 
-def publish(partial: Path, final: Path):
+def publish(unfinished: Path, final: Path):
     """Puts a finished hand-over folder in place; an older one is whole until then."""
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
-    partial.rename(final)
+    unfinished.rename(final)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -552,6 +555,11 @@ def export(model: Policy, cfg: Config, step: int, tokenizer, loader, pretraining
 def fail(message: str):
     """A user's error: one line, exit code 1, no traceback."""
     raise SystemExit(f"{Path(sys.argv[0]).stem}: {message}")
+
+
+def warn(message: str):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def check_run(cfg, world: int):
@@ -615,9 +623,10 @@ def run(main, cfg):
     except BaseException as error:
         if not dist.is_initialized():
             raise
-        told = isinstance(error, SystemExit) and isinstance(error.code, str)
-        print(error.code if told else traceback.format_exc(), file=sys.stderr)
-        code = 1
+        code = error.code if isinstance(error, SystemExit) else traceback.format_exc()
+        if isinstance(code, str):                                       # or a signal's number
+            print(code, file=sys.stderr)
+            code = 1
     else:
         if dist.is_initialized():
             dist.barrier()
@@ -681,9 +690,9 @@ def save_checkpoint(cfg, step: int, model: nn.Module, optimizer, loader):
             return
     state = {"step": step, "config": asdict(cfg), "model": model.state_dict(),
              "optimizer": optimizer.state_dict(), "data": data}
-    partial = Path(cfg.out) / ".last.pt.partial"
-    torch.save(state, partial)
-    partial.rename(Path(cfg.out) / "last.pt")
+    unfinished = Path(cfg.out) / ".last.pt.partial"
+    torch.save(state, unfinished)
+    unfinished.rename(Path(cfg.out) / "last.pt")
 
 
 # what may differ between a run and its continuation
@@ -695,7 +704,7 @@ def read_checkpoint(path: str, option: str) -> dict:
     """What save_checkpoint wrote; exits where the file is something else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"], state["model"], state["data"]
+        state["config"], state["step"], state["model"], state["optimizer"], state["data"]
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError,
             pickle.UnpicklingError) as error:
         fail(f"{option} '{path}' is not a checkpoint of this script ({type(error).__name__}); "
@@ -727,14 +736,15 @@ def load_checkpoint(cfg, model: nn.Module, optimizer, loader, rank: int, world: 
 class Logger:
     """metrics.jsonl, a bar and, with --wandb, Weights & Biases; silent but on rank 0.
 
-    Speeds are of training steps alone: what lies between `step` and the next `start`, such as a
-    validation, is not counted. Gradient norms are looked at when a line is written or a checkpoint
-    is due, so that no other step waits for the GPU.
+    Speeds are of training steps alone: what runs under `paused`, such as a validation, does not
+    count. Gradient norms are looked at when a line is written or a checkpoint is due, so that no
+    other step waits for the GPU.
     """
 
     def __init__(self, cfg, rank: int, world: int, start: int, flops: int, device: torch.device):
         """flops: of forward and backward of one sample."""
         self.cfg, self.on, self.wandb = cfg, rank == 0, None
+        self.device = device
         self.flops = flops * cfg.batch_size / world                     # a step of one process
         self.peak = matmul_rate(device, cfg.dtype)
         self.steps, self.seconds, self.waited = 0, 0.0, 0.0             # since the last line
@@ -742,10 +752,11 @@ class Logger:
         self.path = Path(cfg.out) / "metrics.jsonl"
         if self.on:
             self.open(start)
+        self.began = time.perf_counter()
 
     def open(self, start: int):
         """A resumed run keeps the lines before its step; a half-written one is left out."""
-        if start == 0:
+        if not self.cfg.resume:
             (self.path.parent / "last.pt").unlink(missing_ok=True)      # of a run to --overwrite
         kept = []
         for line in self.path.read_text().splitlines() if start and self.path.exists() else []:
@@ -756,7 +767,7 @@ class Logger:
         if self.cfg.wandb:
             import wandb
             name = self.path.with_name("wandb_id")                      # the same run on resuming
-            if start == 0 or not name.exists():
+            if not self.cfg.resume or not name.exists():
                 name.write_text(secrets.token_hex(4))
             self.wandb = wandb.init(project="nanolapa", name=self.path.parent.name,
                                     dir=self.cfg.out, config=asdict(self.cfg),
@@ -764,12 +775,21 @@ class Logger:
         self.bar = tqdm(total=self.cfg.steps, initial=start, desc=self.path.parent.name,
                         unit="step", mininterval=2)
 
-    def start(self):
-        """A step begins; it waits for its batch."""
-        self.began = time.perf_counter()
+    @contextlib.contextmanager
+    def waiting(self):
+        """The time is spent waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
 
-    def got_batch(self):
-        self.waited += time.perf_counter() - self.began
+    @contextlib.contextmanager
+    def paused(self):
+        """The time is not spent on training."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()                                    # of steps still queued
+        self.seconds += time.perf_counter() - self.began
+        yield
+        self.began = time.perf_counter()
 
     def step(self, step: int, values: dict, batch: dict):
         """A step ends. values: of scalar tensors, with "grad_norm"; each log_every-th step writes
@@ -779,8 +799,8 @@ class Logger:
         if due:                                                         # waits for the device
             self.check_gradients()
             means = mean_of_ranks(torch.stack([v.float() for v in values.values()])).tolist()
-        self.steps += 1
-        self.seconds += time.perf_counter() - self.began
+        now = time.perf_counter()
+        self.steps, self.seconds, self.began = self.steps + 1, self.seconds + now - self.began, now
         if self.on:
             self.bar.update()
         if due and self.on:
@@ -830,11 +850,12 @@ class Logger:
 
 
 class StopFlag:
-    """Ctrl-C and SIGTERM ask for a checkpoint at the next step, on all ranks at once. A second
-    Ctrl-C kills; a second SIGTERM does not, as Slurm and torchrun may both send one."""
+    """Ctrl-C and SIGTERM ask for a checkpoint at the next step, on all ranks at once: these ask
+    each other at every log_every-th step, as a GPU waits for the answer. A second Ctrl-C kills; a
+    second SIGTERM does not, as Slurm and torchrun may both send one."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.received = device, 0
+    def __init__(self, cfg, device: torch.device):
+        self.every, self.device, self.received = cfg.log_every, device, 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.catch)
 
@@ -843,10 +864,12 @@ class StopFlag:
             raise SystemExit(128 + number)
         self.received = self.received or number
 
-    def __call__(self) -> int:
+    def __call__(self, step: int) -> int:
         """Number of the signal that any rank received, or 0."""
         if not dist.is_initialized():
             return self.received
+        if step % self.every:
+            return 0
         flag = torch.tensor(self.received, device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return int(flag)

@@ -92,17 +92,17 @@ SIZES = {
 @dataclass
 class Config(data_oxe.DataConfig):
     out: str = "runs/laq"                   # checkpoints, metrics, hand-over files
-    overwrite: bool = False                 # start anew in an OUT that holds a run
+    overwrite: bool = False                 # start anew in an OUT that holds a run or its files
 
     # frame pairs
     horizon_s: float | None = None          # seconds between the frames; None: each dataset's own
     min_motion: float = 0.0                 # leave out pairs that differ by fewer grey levels
 
     # model
-    size: Literal["tiny", "base", "lapa"] = "tiny"  # for a CPU; 224 px; 256 px, as large as LAPA
+    size: Literal["tiny", "base", "lapa"] = "tiny"  # 64 px, for a CPU; 224; 256, as large as LAPA's
     image_size: int | None = None           # pixels a side; None: the size's
     arch: Literal["vit", "cnn"] = "vit"     # encoder and decoder
-    quantizer: Literal["nsvq", "vq", "fsq"] = "nsvq"    # noise, straight-through, finite scalars
+    quantizer: Literal["nsvq", "vq", "fsq"] = "nsvq"    # codes learn; codes learn; fixed levels
     tokens: int = 2                         # S, latent tokens a pair
     codes: int = 64                         # K, codes a token
     code_dim: int = 256                     # D; narrow codes say less when read linearly
@@ -127,20 +127,20 @@ class Config(data_oxe.DataConfig):
     steps: int = 1200                       # optimizer steps; 0 exports the untrained model
     batch_size: int = 32                    # samples a step over all processes
     micro_batch: int = 0                    # samples a forward pass (gradients add up); 0: all
-    lr: float | None = None                 # peak learning rate; None: by the model's size
+    lr: float | None = None                 # peak learning rate; None: by --size or --trunk
     final_lr: float = 0.05                  # at the end of the cosine, as a share of the peak
-    warmup_steps: int | None = None         # of linear warm-up; None: by the model's size
+    warmup_steps: int | None = None         # of linear warm-up; None: by --size or --trunk
     weight_decay: float = 0.01              # AdamW's, of matrices
     grad_clip: float = 1.0                  # maximum gradient norm
     dtype: Literal["float32", "bfloat16"] = "float32"   # bfloat16: autocast
-    compile: bool = False                   # torch.compile the training step
+    compile: bool = False                   # torch.compile the model's forward and backward
 
     # run
     eval_every: int = 400                   # steps between validations
     eval_batches: int = 16                  # batches of 64 in a validation
     save_every: int = 250                   # steps between checkpoints
     log_every: int = 10                     # steps between lines of metrics.jsonl
-    seed: int = 0                           # of initialization, data order and augmentation
+    seed: int = 0                           # of weights, data order, noise and augmentation
     wandb: bool = False                     # also log to Weights & Biases
     resume: str = ""                        # checkpoint last.pt to continue from, in its folder
     export_only: bool = False               # with --resume: write the hand-over again and stop
@@ -176,7 +176,7 @@ class LAQ(nn.Module):
     def forward(self, batch: dict) -> tuple[dict, torch.Tensor, torch.Tensor]:
         """A batch as Targets.on_device makes it -> losses by name, z (B, S, D), codes (B, S)."""
         a, b = self.to_float(batch["frames"]).unbind(1)                 # (B, 3, H, H) each
-        z = self.features(batch["frames"])                              # (B, S, D)
+        z = self.outputs(batch["frames"])                               # (B, S, D)
         with torch.autocast(z.device.type, enabled=False):              # codes need all digits
             latent, codes, quantizer_loss = self.quantizer(z)
         prediction, flow, hidden = self.decoder(a, latent)
@@ -187,7 +187,8 @@ class LAQ(nn.Module):
             flow = F.adaptive_avg_pool2d(flow, FLOW_GRID)               # (B, 2, 16, 16)
             coarse = F.adaptive_avg_pool2d(batch["flow"], SUMMARY_GRID).flatten(1)  # (B, 2*4*4)
             parts["flow"] = (flow - batch["flow"]).abs().mean()
-            parts["summary"] = (self.to_summary(latent.flatten(1)) - 4 * coarse).abs().mean()
+            summary = self.to_summary(latent.flatten(1))                # of 4 * coarse: about 1
+            parts["summary"] = (summary - 4 * coarse).abs().mean()
         if "features" in batch:
             parts["features"] = self.feature_loss(hidden, batch["features"])
         if "labelled" in batch:
@@ -199,13 +200,13 @@ class LAQ(nn.Module):
         """uint8 (B, 2, H, H, 3) -> float (B, 2, 3, H, H) in -0.5..0.5."""
         return frames.permute(0, 1, 4, 2, 3).float() / 255 - 0.5
 
-    def features(self, frames):
-        """-> unquantized z (B, S, D), each token of unit variance."""
+    def outputs(self, frames):
+        """The encoder's, unquantized: z (B, S, D), each token of unit variance."""
         z = self.encoder(*self.to_float(frames).unbind(1))              # (B, S, D)
         return F.layer_norm(z.float(), (self.cfg.code_dim,))
 
     def encode(self, frames):
-        codes = self.quantizer.codes(self.features(frames))
+        codes = self.quantizer.codes(self.outputs(frames))
         return codes, self.quantizer.lookup(codes)
 
     def pixel_weight(self, a, b):
@@ -232,7 +233,7 @@ class LAQ(nn.Module):
 
 
 def loss_weights(cfg: Config, step: int) -> dict[str, float]:
-    """What each part of the loss counts at a step."""
+    """What each part of the loss counts at a step; found by trial, so that none drowns."""
     flow = cfg.flow_weight * min(1.0, (step + 1) / max(1, cfg.flow_warmup))
     return {"pixel": 10.0, "quantizer": 1.0, "flow": flow, "summary": 2 * flow, "features": 1.0,
             "action": 1 / max(cfg.action_fraction, 1e-9)}
@@ -529,7 +530,7 @@ class FSQ(Quantizer):
     def levels_of(self, z):
         """-> bounded (B, S, n) in -1..1, and the index of the nearest level."""
         bounded = torch.tanh((self.project(z) - self.center) / self.deviation)
-        return bounded, ((bounded + 1) / 2 * self.highest).round()
+        return bounded, ((bounded + 1) / 2 * self.highest).round().nan_to_num(0)
 
     def codes(self, z):
         _, index = self.levels_of(z)
@@ -598,7 +599,8 @@ class Targets:
         if flow is not None:
             inputs["flow"] = flow
         if self.features:
-            inputs["features"] = self.features(frames[:, 1])
+            pieces = frames[:, 1].split(self.cfg.micro_batch or len(frames))
+            inputs["features"] = torch.cat([self.features(images) for images in pieces])
         if self.cfg.action_fraction:
             inputs |= {k: batch[k] for k in ("action_sum", "dataset", "labelled")}
         return inputs
@@ -715,7 +717,7 @@ def collect(model: LAQ, control: LAQ, cfg: Config, loader, device, decoded: bool
             row |= decode(model, frames, other.to(device))
         row = {name: value.cpu().numpy() for name, value in row.items()}
         flow = optical_flow(frames.cpu().numpy())
-        row |= {"mean_flow": flow.mean((2, 3)), "flow": weighted_flow(flow),
+        row |= {"mean_flow": flow.mean((2, 3)), "main_flow": weighted_flow(flow),
                 "instruction": np.array(batch["instruction"], object),
                 **{k: batch[k] for k in ("action_sum", "dataset", "episode", "state")}}
         if keep:
@@ -777,7 +779,7 @@ def metrics_of(fit: dict, val: dict, dims: list[int], cfg: Config) -> dict:
     """All metrics of one dataset's samples; dims: columns of its actions that are motion."""
     columns = varying(fit, val, dims)
     return {"samples": len(val["codes"]), **reconstruction(val), **code_use(val, cfg),
-            **stillness(val), **probes(fit, val, columns, cfg), **meaning(val, columns, cfg)}
+            **stillness(val), **probes(fit, val, columns, cfg), **meaning(fit, val, columns, cfg)}
 
 
 def reconstruction(val: dict) -> dict:
@@ -838,7 +840,7 @@ def probes(fit: dict, val: dict, columns: list[int], cfg: Config) -> dict:
 def directions(fit: dict, val: dict, prediction, target, truth) -> dict:
     """How well the probe tells which way the moving half moves, and how far all move."""
     length, true_length = np.linalg.norm(target, axis=1), np.linalg.norm(truth, axis=1)
-    movers = true_length > np.median(length)
+    movers = true_length >= np.median(true_length)
     mean = target.mean(0, keepdims=True)
     magnitude = ridge(fit["vectors"], length[:, None], val["vectors"])
     return {"probe_direction_cosine": cosine(prediction, truth)[movers].mean(),
@@ -846,7 +848,7 @@ def directions(fit: dict, val: dict, prediction, target, truth) -> dict:
             "probe_r2_magnitude": r2(magnitude, true_length[:, None]).mean()}
 
 
-def meaning(val: dict, columns: list[int], cfg: Config) -> dict:
+def meaning(fit: dict, val: dict, columns: list[int], cfg: Config) -> dict:
     """What codes share with the instruction, beside shuffled ones, and how much of their entropy
     (nats) is left once the octant of the motion is known."""
     text = np.unique(val["instruction"].astype(str), return_inverse=True)[1]
@@ -854,8 +856,8 @@ def meaning(val: dict, columns: list[int], cfg: Config) -> dict:
     out = {"nmi_instruction": np.mean([nmi(text, c) for c in val["codes"].T]),
            "nmi_instruction_shuffled": np.mean([nmi(shuffled, c) for c in val["codes"].T])}
     if columns:
-        motion = val["action_sum"][:, columns[:3]]
-        bits = motion > np.median(motion, 0)                            # (N, 3)
+        motion, typical = (x["action_sum"][:, columns[:3]] for x in (val, fit))
+        bits = motion > np.median(typical, 0)                           # (N, 3)
         octant = (bits * 2 ** np.arange(bits.shape[1])).sum(1)          # (N,)
         left = 0.0
         for cell in np.unique(octant):
@@ -870,8 +872,8 @@ def varying(fit: dict, val: dict, dims: list[int]) -> list[int]:
     """Those of the action columns dims that vary in both samples; none if one has under 8 rows."""
     if min(len(x["action_sum"]) for x in (fit, val)) < 8:
         return []
-    spread = np.minimum(*(x["action_sum"].std(0) for x in (fit, val)))
-    return [i for i in dims if spread[i] > 1e-6]
+    deviation = np.minimum(*(x["action_sum"].std(0) for x in (fit, val)))
+    return [i for i in dims if deviation[i] > 1e-6]
 
 
 def ridge(x, y, x_val, alpha: float = 1e-2) -> np.ndarray:
@@ -955,31 +957,34 @@ def main(cfg: Config) -> int:
         if rank == 0:
             export(model, cfg, start, val_loader)
         return 0
-    fit_to_data([control, model] if start == 0 else [control], cfg, probe_loader, device)
+    fit_to_data([control] if cfg.resume else [control, model], cfg, probe_loader, device)
+    if cfg.action_fraction and not cfg.resume:
+        fit_actions(model, cfg, probe_loader)
     train = DDP(model, forward_sync_buffers=False) if world > 1 else model
     train = torch.compile(train) if cfg.compile else train
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     flops = flops_a_sample(model, cfg, device)
     log = Logger(cfg, rank, world, start, flops, device)
     log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
-    stop_flag, batches = StopFlag(device), loader.to(device, targets.in_loader)
+    stop_flag, batches = StopFlag(cfg, device), loader.to(device, targets.in_loader)
 
     for step in range(start, cfg.steps + 1):                            # one more: evaluates, saves
-        stop, last = stop_flag(), step == cfg.steps
+        stop, last = stop_flag(step), step == cfg.steps
         if not stop and (last or step % cfg.eval_every == 0):
-            metrics = evaluate(model, control, cfg, val_loader, probe_loader, device)
+            with log.paused():
+                metrics = evaluate(model, control, cfg, val_loader, probe_loader, device)
             log.print(f"step {step}: {describe(metrics, cfg)}")
             log.write(step, {f"val_{k}": v for k, v in metrics.items()})
         if stop or last or (step > start and step % cfg.save_every == 0):
-            log.check_gradients()
-            save_checkpoint(cfg, step, model, optimizer, loader)
+            with log.paused():
+                log.check_gradients()
+                save_checkpoint(cfg, step, model, optimizer, loader)
         if stop or last:
             break
 
-        log.start()
         start_step(cfg, step, optimizer, rank, world)                   # learning rate, randomness
-        batch = next(batches)
-        log.got_batch()
+        with log.waiting():
+            batch = next(batches)
         weights, means, seen = loss_weights(cfg, step), {}, []
         for piece, share, is_last in pieces(targets.on_device(batch), micro):
             train.require_backward_grad_sync = is_last                  # DDP: average once a step
@@ -1014,6 +1019,7 @@ def check(cfg: Config):
     for name in ("image_size", "lr", "warmup_steps"):
         if getattr(cfg, name) is None:
             setattr(cfg, name, getattr(size, name))
+    cfg.warmup_steps = min(cfg.warmup_steps, cfg.steps // 4)            # of a short run less
     multiple = size.patch if cfg.arch == "vit" else 16
     if cfg.image_size < multiple or cfg.image_size % multiple:
         fail(f"--image-size {cfg.image_size} must be a multiple of {multiple} "
@@ -1030,22 +1036,19 @@ def make_model(cfg: Config, loader, targets: Targets, device) -> LAQ:
         fail(f"--action-fraction {cfg.action_fraction}: no dataset of --mix '{cfg.mix}' has "
              f"actions; leave it out")
     model = LAQ(cfg, targets.feature_dim, loader.action_dim, len(loader.names))
-    layout = torch.channels_last if cfg.arch == "cnn" else torch.contiguous_format
-    return model.to(device, memory_format=layout)                       # a third faster on a CPU
+    channels_last = torch.channels_last if cfg.arch == "cnn" else torch.contiguous_format
+    return model.to(device, memory_format=channels_last)                # a third faster on a CPU
 
 
 @torch.no_grad()
 def fit_to_data(models: list[LAQ], cfg: Config, loader, device):
-    """Puts all codes on encoder outputs of as many pairs as a codebook has codes; sets the units of
-    supervising actions."""
+    """Puts all codes on encoder outputs of as many pairs as a codebook has codes."""
     torch.manual_seed(cfg.seed * 1_000_003)
     pairs = [data_oxe.to_device(batch, device, cfg.image_size)["frames"]
              for batch in loader.peek(math.ceil(cfg.codes / 64))]
     for model in models:
-        z = torch.cat([model.features(frames) for frames in pairs])
+        z = torch.cat([model.outputs(frames) for frames in pairs])
         model.quantizer.reseed(z, everything=True)
-        if cfg.action_fraction:
-            fit_actions(model, cfg, loader)
 
 
 def fit_actions(model: LAQ, cfg: Config, loader):
@@ -1257,9 +1260,10 @@ def run(main, cfg):
     except BaseException as error:
         if not dist.is_initialized():
             raise
-        told = isinstance(error, SystemExit) and isinstance(error.code, str)
-        print(error.code if told else traceback.format_exc(), file=sys.stderr)
-        code = 1
+        code = error.code if isinstance(error, SystemExit) else traceback.format_exc()
+        if isinstance(code, str):                                       # or a signal's number
+            print(code, file=sys.stderr)
+            code = 1
     else:
         if dist.is_initialized():
             dist.barrier()
@@ -1323,9 +1327,9 @@ def save_checkpoint(cfg, step: int, model: nn.Module, optimizer, loader):
             return
     state = {"step": step, "config": asdict(cfg), "model": model.state_dict(),
              "optimizer": optimizer.state_dict(), "data": data}
-    partial = Path(cfg.out) / ".last.pt.partial"
-    torch.save(state, partial)
-    partial.rename(Path(cfg.out) / "last.pt")
+    unfinished = Path(cfg.out) / ".last.pt.partial"
+    torch.save(state, unfinished)
+    unfinished.rename(Path(cfg.out) / "last.pt")
 
 
 # what may differ between a run and its continuation
@@ -1337,7 +1341,7 @@ def read_checkpoint(path: str, option: str) -> dict:
     """What save_checkpoint wrote; exits where the file is something else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"], state["model"], state["data"]
+        state["config"], state["step"], state["model"], state["optimizer"], state["data"]
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError,
             pickle.UnpicklingError) as error:
         fail(f"{option} '{path}' is not a checkpoint of this script ({type(error).__name__}); "
@@ -1369,14 +1373,15 @@ def load_checkpoint(cfg, model: nn.Module, optimizer, loader, rank: int, world: 
 class Logger:
     """metrics.jsonl, a bar and, with --wandb, Weights & Biases; silent but on rank 0.
 
-    Speeds are of training steps alone: what lies between `step` and the next `start`, such as a
-    validation, is not counted. Gradient norms are looked at when a line is written or a checkpoint
-    is due, so that no other step waits for the GPU.
+    Speeds are of training steps alone: what runs under `paused`, such as a validation, does not
+    count. Gradient norms are looked at when a line is written or a checkpoint is due, so that no
+    other step waits for the GPU.
     """
 
     def __init__(self, cfg, rank: int, world: int, start: int, flops: int, device: torch.device):
         """flops: of forward and backward of one sample."""
         self.cfg, self.on, self.wandb = cfg, rank == 0, None
+        self.device = device
         self.flops = flops * cfg.batch_size / world                     # a step of one process
         self.peak = matmul_rate(device, cfg.dtype)
         self.steps, self.seconds, self.waited = 0, 0.0, 0.0             # since the last line
@@ -1384,10 +1389,11 @@ class Logger:
         self.path = Path(cfg.out) / "metrics.jsonl"
         if self.on:
             self.open(start)
+        self.began = time.perf_counter()
 
     def open(self, start: int):
         """A resumed run keeps the lines before its step; a half-written one is left out."""
-        if start == 0:
+        if not self.cfg.resume:
             (self.path.parent / "last.pt").unlink(missing_ok=True)      # of a run to --overwrite
         kept = []
         for line in self.path.read_text().splitlines() if start and self.path.exists() else []:
@@ -1398,7 +1404,7 @@ class Logger:
         if self.cfg.wandb:
             import wandb
             name = self.path.with_name("wandb_id")                      # the same run on resuming
-            if start == 0 or not name.exists():
+            if not self.cfg.resume or not name.exists():
                 name.write_text(secrets.token_hex(4))
             self.wandb = wandb.init(project="nanolapa", name=self.path.parent.name,
                                     dir=self.cfg.out, config=asdict(self.cfg),
@@ -1406,12 +1412,21 @@ class Logger:
         self.bar = tqdm(total=self.cfg.steps, initial=start, desc=self.path.parent.name,
                         unit="step", mininterval=2)
 
-    def start(self):
-        """A step begins; it waits for its batch."""
-        self.began = time.perf_counter()
+    @contextlib.contextmanager
+    def waiting(self):
+        """The time is spent waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
 
-    def got_batch(self):
-        self.waited += time.perf_counter() - self.began
+    @contextlib.contextmanager
+    def paused(self):
+        """The time is not spent on training."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()                                    # of steps still queued
+        self.seconds += time.perf_counter() - self.began
+        yield
+        self.began = time.perf_counter()
 
     def step(self, step: int, values: dict, batch: dict):
         """A step ends. values: of scalar tensors, with "grad_norm"; each log_every-th step writes
@@ -1421,8 +1436,8 @@ class Logger:
         if due:                                                         # waits for the device
             self.check_gradients()
             means = mean_of_ranks(torch.stack([v.float() for v in values.values()])).tolist()
-        self.steps += 1
-        self.seconds += time.perf_counter() - self.began
+        now = time.perf_counter()
+        self.steps, self.seconds, self.began = self.steps + 1, self.seconds + now - self.began, now
         if self.on:
             self.bar.update()
         if due and self.on:
@@ -1472,11 +1487,12 @@ class Logger:
 
 
 class StopFlag:
-    """Ctrl-C and SIGTERM ask for a checkpoint at the next step, on all ranks at once. A second
-    Ctrl-C kills; a second SIGTERM does not, as Slurm and torchrun may both send one."""
+    """Ctrl-C and SIGTERM ask for a checkpoint at the next step, on all ranks at once: these ask
+    each other at every log_every-th step, as a GPU waits for the answer. A second Ctrl-C kills; a
+    second SIGTERM does not, as Slurm and torchrun may both send one."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.received = device, 0
+    def __init__(self, cfg, device: torch.device):
+        self.every, self.device, self.received = cfg.log_every, device, 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.catch)
 
@@ -1485,10 +1501,12 @@ class StopFlag:
             raise SystemExit(128 + number)
         self.received = self.received or number
 
-    def __call__(self) -> int:
+    def __call__(self, step: int) -> int:
         """Number of the signal that any rank received, or 0."""
         if not dist.is_initialized():
             return self.received
+        if step % self.every:
+            return 0
         flag = torch.tensor(self.received, device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return int(flag)
@@ -1614,7 +1632,7 @@ def find(cfg: Config) -> tuple[Findings, dict]:
 
 def consistency(f: Findings) -> dict:
     """Does a code move things alike, within a dataset and across them?"""
-    flow, code_flow = f.val["flow"].copy(), flow_of_codes(f)
+    flow, code_flow = f.val["main_flow"].copy(), flow_of_codes(f)
     for i in range(len(f.names)):
         rows = f.rows(i)
         if len(rows):
@@ -1634,7 +1652,7 @@ def flow_of_codes(f: Findings) -> np.ndarray:
     out = np.full((len(f.names), f.K, 2), np.nan)
     for i in range(len(f.names)):
         rows = f.rows(i)
-        flow, code = f.val["flow"][rows], f.code[rows]
+        flow, code = f.val["main_flow"][rows], f.code[rows]
         for k in np.unique(code):
             out[i, k] = flow[code == k].mean(0) - flow.mean(0)
     return out
@@ -1644,7 +1662,7 @@ def transfer_cosines(f: Findings, dataset: int) -> dict:
     """Codes of a dataset's pairs applied to frames of every dataset: cosine of the prediction's
     flow with the pair's, for the half of the pairs that moves most."""
     rows, out = f.rows(dataset), {}
-    flow = f.val["flow"][rows]
+    flow = f.val["main_flow"][rows]
     length = np.linalg.norm(flow, axis=1)
     movers = length >= np.median(length)
     for j, other in enumerate(f.names):
@@ -1696,7 +1714,8 @@ def plot_motion(f: Findings):
         rows = f.rows(i)
         colors = f.colors(f.code[rows])
         action = f.val["action_sum"][:, f.dims[name]]
-        values = {f"{name}: mean flow": f.val["flow"], "action": action, "state": f.val["state"]}
+        values = {f"{name}: mean flow": f.val["main_flow"], "action": action,
+                  "state": f.val["state"]}
         for ax, (title, x) in zip(line, values.items()):
             ax.set_title(title)
             if x.shape[1] > 1:

@@ -40,7 +40,7 @@ def test_a_batch_can_be_overfitted(settings, data):
     batch = {"frames": torch.from_numpy(frames), "flow": torch.from_numpy(laq.optical_flow(frames))}
     model = model_of(**settings)
     weights, seen = laq.loss_weights(model.cfg, 0), []
-    model.quantizer.reseed(model.features(batch["frames"]), everything=True)
+    model.quantizer.reseed(model.outputs(batch["frames"]), everything=True)
     before = model(batch)[0]["pixel"]
 
     def loss():                                             # laq's loop observes after each step
@@ -104,7 +104,7 @@ def test_nearest_codes_have_all_digits(quantizer):
 def test_still_pairs_have_one_code_of_their_own(arch, data):
     frames = torch.from_numpy(next(iter(loader_of(data, "train", 32)))["frames"])
     model = model_of(arch=arch)
-    model.quantizer.reseed(model.features(frames), everything=True)
+    model.quantizer.reseed(model.outputs(frames), everything=True)
     still = model.encode(frames[:, :1].expand(-1, 2, -1, -1, -1))[0]
     assert len(still.unique(dim=0)) == 1
     assert len(model.encode(frames)[0].unique(dim=0)) > 8

@@ -151,8 +151,10 @@ def test_ranks_that_fail_end_the_job(same_episodes, tmp_path):
     assert p.returncode and said and not any("Traceback" in line for line in lines[:said[-1] + 1])
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(data, tmp_path):
+@pytest.mark.parametrize("quantizer", ["nsvq", "fsq"])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(quantizer, data, tmp_path):
     p = run("laq.py", "--data", data, "--out", tmp_path, "--steps", 20, *TINY, "--save-every", 1,
+            "--warmup-steps", 0, "--quantizer", quantizer,
             "--lr", 1e30, "--grad-clip", 1e30, "--log-every", 10, check=False)
     assert p.returncode == 1 and "at step" in p.stderr and "episodes [" in p.stderr
     assert "Traceback" not in p.stderr
