@@ -314,10 +314,6 @@ class Loader:
             frames = tf.stack([frame, frame])                   # (2, h, w, 3)
         else:
             frames = tf.stack([self.picture(image) for image in images])
-        swapped = [i for i, plan in enumerate(self.plans) if plan.entry.bgr]
-        if swapped:
-            is_bgr = tf.reduce_any(pair["integers"][0] == swapped)
-            frames = tf.cond(is_bgr, lambda: frames[..., ::-1], lambda: frames)
         if self.min_motion:
             small = tf.image.resize(frames, (16, 16), "area")
             difference = tf.reduce_mean(tf.abs(small[1] - small[0]))
@@ -369,8 +365,13 @@ class Loader:
                  "dataset": numbers[:, 0], "episode": numbers[:, 1], "step": numbers[:, 2],
                  "has_action": has_action[numbers[:, 0]]}
         if "frames" in item:
-            batch["frames"] = unpadded(item["frames"], item["size"]) if "size" in item else \
-                item["frames"]
+            frames = item["frames"]
+            if "size" in item:
+                frames = unpadded(frames, item["size"])
+            bgr = np.array([plan.entry.bgr for plan in self.plans])
+            for i in np.flatnonzero(bgr[batch["dataset"]]):
+                swap_red_and_blue(frames[i])
+            batch["frames"] = frames
         return batch, (int(item["block"][-1]), int(item["place"][-1]) + 1)
 
     def batches(self, position: tuple[int, int]):
@@ -461,6 +462,14 @@ def unpadded(frames: np.ndarray, size: np.ndarray):
     if (size == size[0]).all():
         return frames.reshape(len(frames), 2, *size[0], 3)
     return [x[:6 * h * w].reshape(2, h, w, 3) for x, (h, w) in zip(frames, size)]
+
+
+def swap_red_and_blue(pair: np.ndarray):
+    """Of (2, h, w, 3), in place. TensorFlow's reverse took a third of the loader's time for a tenth
+    of the pictures."""
+    import cv2
+    image = pair.reshape(-1, pair.shape[2], 3)
+    cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
 
 
 # ------------------------------------------------------------ an episode's pairs

@@ -365,8 +365,7 @@ def main(cfg: Config) -> int:
         if not stop and (last or step % cfg.eval_every == 0):
             with log.paused():
                 metrics = evaluate(model, cfg, val_loader, tokens, device)
-            log.print(f"step {step}: {describe(metrics)}")
-            log.write(step, {f"val_{k}": v for k, v in metrics.items()})
+            log.validation(step, metrics, describe(metrics))
         if stop or last or (step > start and step % cfg.save_every == 0):
             with log.paused():
                 log.check_gradients()
@@ -824,6 +823,10 @@ class Logger:
                 fail(f"gradient norm {float(norm)} at step {step}, episodes {episodes.tolist()}; "
                      f"the last good checkpoint is '{self.cfg.out}/last.pt'")
         self.norms = []
+
+    def validation(self, step: int, metrics: dict, text: str):
+        self.print(f"step {step}: {text}")
+        self.write(step, {f"val_{name}": value for name, value in metrics.items()})
 
     def write(self, step: int, values: dict):
         if not self.on:

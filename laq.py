@@ -958,8 +958,6 @@ def main(cfg: Config) -> int:
             export(model, cfg, start, val_loader)
         return 0
     fit_to_data([control] if cfg.resume else [control, model], cfg, probe_loader, device)
-    if cfg.action_fraction and not cfg.resume:
-        fit_actions(model, cfg, probe_loader)
     train = DDP(model, forward_sync_buffers=False) if world > 1 else model
     train = torch.compile(train) if cfg.compile else train
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
@@ -973,8 +971,7 @@ def main(cfg: Config) -> int:
         if not stop and (last or step % cfg.eval_every == 0):
             with log.paused():
                 metrics = evaluate(model, control, cfg, val_loader, probe_loader, device)
-            log.print(f"step {step}: {describe(metrics, cfg)}")
-            log.write(step, {f"val_{k}": v for k, v in metrics.items()})
+            log.validation(step, metrics, describe(metrics, cfg))
         if stop or last or (step > start and step % cfg.save_every == 0):
             with log.paused():
                 log.check_gradients()
@@ -1042,13 +1039,16 @@ def make_model(cfg: Config, loader, targets: Targets, device) -> LAQ:
 
 @torch.no_grad()
 def fit_to_data(models: list[LAQ], cfg: Config, loader, device):
-    """Puts all codes on encoder outputs of as many pairs as a codebook has codes."""
+    """Puts all codes on encoder outputs of as many pairs as a codebook has codes; gives the last
+    model the units of the actions that train it."""
     torch.manual_seed(cfg.seed * 1_000_003)
     pairs = [data_oxe.to_device(batch, device, cfg.image_size)["frames"]
              for batch in loader.peek(math.ceil(cfg.codes / 64))]
     for model in models:
         z = torch.cat([model.outputs(frames) for frames in pairs])
         model.quantizer.reseed(z, everything=True)
+    if cfg.action_fraction:
+        fit_actions(models[-1], cfg, loader)
 
 
 def fit_actions(model: LAQ, cfg: Config, loader):
@@ -1461,6 +1461,10 @@ class Logger:
                 fail(f"gradient norm {float(norm)} at step {step}, episodes {episodes.tolist()}; "
                      f"the last good checkpoint is '{self.cfg.out}/last.pt'")
         self.norms = []
+
+    def validation(self, step: int, metrics: dict, text: str):
+        self.print(f"step {step}: {text}")
+        self.write(step, {f"val_{name}": value for name, value in metrics.items()})
 
     def write(self, step: int, values: dict):
         if not self.on:
