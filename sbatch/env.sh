@@ -1,12 +1,16 @@
-# Sourced by demo.sh, tests/run.sh and the Slurm scripts from the repository root: checks the system, makes .venv, installs.
+# Sourced by demo.sh and tests/run.sh from the repository root: checks the system, makes .venv,
+# installs. The Slurm scripts use what it made.
+packages="python3-venv libegl1 libegl-mesa0 libgl1-mesa-dri"
 libraries=$(PATH=$PATH:/sbin:/usr/sbin ldconfig -p)
-if ! grep -q 'libEGL\.so\.1' <<<"$libraries" || ! grep -qE 'libEGL_(mesa|nvidia)\.so\.0' <<<"$libraries" \
+if ! grep -q 'libEGL\.so\.1' <<<"$libraries" \
+   || ! grep -qE 'libEGL_(mesa|nvidia)\.so\.0' <<<"$libraries" \
    || ! python3 -c 'import venv, ensurepip' 2>/dev/null; then
-  echo "missing system packages; run: apt-get install -y python3-venv libegl1 libegl-mesa0 libgl1-mesa-dri" >&2
+  echo "missing system packages; run: apt-get install -y $packages" >&2
   exit 1
 fi
 if ! python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; then
-  echo "python3 is $(python3 -V 2>&1 | cut -d' ' -f2); nanoLAPA's pinned packages need 3.11 or 3.12" >&2
+  version=$(python3 -V 2>&1 | cut -d' ' -f2)
+  echo "python3 is $version; nanoLAPA's pinned packages need 3.11 or 3.12" >&2
   exit 1
 fi
 [ -x .venv/bin/python ] || python3 -m venv .venv

@@ -2,7 +2,7 @@
 
     python tests/bench_data.py --fake oxe29                     # the README's table
     python tests/bench_data.py --fake oxe29 --memory-batches 10000
-    python tests/bench_data.py --fake oxe29 --against OTHER/data_oxe.py     # ratios to another version
+    python tests/bench_data.py --fake oxe29 --against OTHER/data_oxe.py     # ratios to it
 
 --fake first writes that mix's datasets into --data: their schemas, random numbers, 256x256 JPEG
 pictures, 48 episodes of 40 steps each. Rows are processes of their own, taken in turns; figures are

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the environment of the demo if it is not there and runs the tests: CPU, offline, under ten minutes on two cores.
+# Makes the environment of the demo if it is not there and runs the tests: CPU, offline, under ten
+# minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source sbatch/env.sh

@@ -169,7 +169,8 @@ def samples_of(rng, dataset, n, K=8):
     """n samples of one dataset as laq.collect gives them, whose codes tell the motion."""
     codes = rng.integers(0, K, (n, 2))
     motion = np.stack([codes[:, 0], codes[:, 1], rng.integers(0, 2, n)], 1).astype(np.float32)
-    return {"codes": codes, "still": np.zeros((n, 2), int), "vectors": np.eye(K)[codes].reshape(n, -1),
+    return {"codes": codes, "still": np.zeros((n, 2), int),
+            "vectors": np.eye(K)[codes].reshape(n, -1),
             "control": rng.standard_normal((n, 2 * K)), "difference": rng.random((n, 3)),
             "pooled": rng.random((n, 192)), "mean_flow": rng.random((n, 2)),
             "mse": np.full((n, 4), 0.01), "ssim": np.full((n, 2), 0.9), "action_sum": motion,
@@ -199,7 +200,8 @@ def test_a_mix_is_measured_dataset_by_dataset(monkeypatch):
 def test_codes_are_shuffled_within_a_dataset():
     dataset = np.array([0, 1, 0, 1, 1, 2])
     other = laq.another_of_its_dataset(dataset)
-    assert (dataset[other] == dataset).all() and (other != np.arange(6)).tolist() == [True] * 5 + [False]
+    assert (dataset[other] == dataset).all()
+    assert (other != np.arange(6)).tolist() == [True] * 5 + [False]
 
 
 # ------------------------------------------------------------ the script

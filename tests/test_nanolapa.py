@@ -105,7 +105,7 @@ def test_signals_leave_a_checkpoint_and_runs_are_not_overwritten(data, tmp_path)
     before = log.read_text()
     for says, more in {
             "steps was 5000, is 6000": ["--steps", 6000, "--resume", tmp_path / "last.pt"],
-            "goes on in its own folder": ["--resume", tmp_path / "last.pt", "--out", tmp_path / "x"],
+            "goes on in its own folder": ["--resume", tmp_path / "last.pt", "--out", "elsewhere"],
             "holds a run; continue it with --resume": ["--out", tmp_path]}.items():
         p = run("laq.py", *args, *more, check=False)
         assert p.returncode == 1 and says in p.stderr and log.read_text() == before
@@ -132,7 +132,7 @@ def test_torchrun(stage, data, stages, tmp_path):
     run(f"{stage}.py", *args, "--out", tmp_path, processes=2)
     assert len(metrics(tmp_path, "loss", "samples_per_s", "data_wait", "mfu")["mfu"]) == 3
     assert (tmp_path / {"vla": "stage2", "finetune": "policy"}[stage] / "manifest.json").exists()
-    if stage == "finetune":                                 # each rank has its own place in the data
+    if stage == "finetune":                                 # a rank has its own place in the data
         places = torch.load(tmp_path / "last.pt", weights_only=True)["data"]
         assert [p["rank"] for p in places] == [0, 1]
         resume = [*args, "--resume", tmp_path / "last.pt"]
@@ -190,8 +190,8 @@ def test_rollout(stages, tmp_path):
 
 
 def test_a_dead_simulator_costs_no_episode(stages, tmp_path):
-    process = start("rollout.py", "--policy", stages / "ft/policy", "--episodes", 4, "--tasks", *TASKS,
-                    "--max-steps", 24, "--out", tmp_path, "--workers", 2)
+    process = start("rollout.py", "--policy", stages / "ft/policy", "--out", tmp_path,
+                    "--episodes", 4, "--tasks", *TASKS, "--max-steps", 24, "--workers", 2)
     log = tmp_path / "episodes_0.jsonl"
     while not log.exists() or not log.read_text():
         assert process.poll() is None
@@ -254,7 +254,7 @@ def test_pictures_are_resized_as_the_loader_does():
      "make 15 codes, --codes is 64"),
     ("laq.py", ["--data", "DATA", "--final-lr", "2"], "--final-lr 2.0 is a share"),
     ("laq.py", ["--data", "DATA", "--features", "/nowhere"], "--features '/nowhere'"),
-    ("laq.py", ["--data", "DATA", "--flow-teacher", "raft"], "--flow-teacher raft needs torchvision"),
+    ("laq.py", ["--data", "DATA", "--flow-teacher", "raft"], "raft needs torchvision"),
     ("laq.py", ["--data", "DATA", "--val-fraction", "0"], "no episodes left in split 'val'"),
     ("laq.py", ["--resume", "/nowhere.pt"], "/nowhere.pt"),
     ("laq.py", ["--resume", "NOT"], "is not a checkpoint of this script"),
@@ -297,7 +297,8 @@ def test_errors_exit_with_one_and_no_traceback(tmp_path):
 
 
 def test_world_size_must_divide_the_batch(data, tmp_path):
-    p = run("laq.py", "--data", data, "--batch-size", 9, "--out", tmp_path, processes=2, check=False)
+    p = run("laq.py", "--data", data, "--batch-size", 9, "--out", tmp_path, processes=2,
+            check=False)
     assert p.returncode == 1
     assert "--batch-size 9 is not divisible by the 2 processes; 8 would be" in p.stderr
 

@@ -1,5 +1,6 @@
 """Files that are not what laq.py or finetune.py exports are refused; torch alone runs what the
 attacks hide in them."""
+
 import contextlib
 import io
 import json
@@ -23,7 +24,7 @@ class Tiny(nn.Module):
         super().__init__()
         self.layer = nn.Linear(3, 4)
         self.register_buffer("scale", torch.tensor([2.0]))
-        self.register_buffer("shift", torch.tensor([1.0]), persistent=False)        # saved as a constant
+        self.register_buffer("shift", torch.tensor([1.0]), persistent=False)  # saved as a constant
 
     def forward(self, x, y):
         return self.layer(x.float() / 127.5 - 1) * self.scale + self.shift + y
@@ -40,7 +41,9 @@ def good(tmp_path_factory) -> Path:
     with torch.no_grad():
         program = torch.export.export(Tiny().eval(), INPUTS, dynamic_shapes=({0: batch},) * 2)
     program.example_inputs = None
-    torch.export.save(program, path, extra_files={"manifest.json": '{"schema": "laq.v1"}', "notes": "a  b"})
+    torch.export.save(
+        program, path, extra_files={"manifest.json": '{"schema": "laq.v1"}', "notes": "a  b"}
+    )
     return path
 
 
@@ -73,8 +76,9 @@ def graph(content: dict) -> dict:
     return content["graph_module"]["graph"]
 
 
-# ---------------------------------------------------------------------------------------------- attacks
-# Each changes the members of a good archive so that the file `mark` appears when the code it hides runs.
+# ------------------------------------------------------------ attacks
+# Each changes the members of a good archive so that the file `mark` appears when the code it hides
+# runs.
 class Payload:
     def __init__(self, mark: Path):
         self.mark = mark
@@ -135,7 +139,11 @@ def opaque_constant(members, mark):
 def expression(members, mark):
     """sympy.sympify evaluates it."""
     with edit(members, MODEL) as content:
-        sizes = next(v["sizes"] for v in graph(content)["tensor_values"].values() if "as_expr" in v["sizes"][0])
+        sizes = next(
+            v["sizes"]
+            for v in graph(content)["tensor_values"].values()
+            if "as_expr" in v["sizes"][0]
+        )
         sizes[0]["as_expr"]["expr_str"] = python(mark)
 
 
@@ -159,16 +167,28 @@ def tree(members, mark):
     with edit(members, MODEL) as content:
         signature = content["graph_module"]["module_call_graph"][0]["signature"]
         context = json.dumps({"__enum__": True, "fqn": "planted:A", "name": "a"})
-        signature["in_spec"] = json.dumps([1, {"type": "builtins.list", "context": context, "children_spec": []}])
+        signature["in_spec"] = json.dumps(
+            [1, {"type": "builtins.list", "context": context, "children_spec": []}]
+        )
 
 
 def mapped_file(members, mark):
     """An operator of aten that makes a file, put before the others."""
-    inputs = {"filename": {"as_string": str(mark)}, "shared": {"as_bool": True}, "size": {"as_int": 4}}
-    node = {"target": "torch.ops.aten.from_file.default", "outputs": [{"as_tensor": {"name": "added"}}], "metadata": {},
-            "inputs": [{"name": n, "arg": a, "kind": 1} for n, a in inputs.items()]}
+    inputs = {
+        "filename": {"as_string": str(mark)},
+        "shared": {"as_bool": True},
+        "size": {"as_int": 4},
+    }
+    node = {
+        "target": "torch.ops.aten.from_file.default",
+        "outputs": [{"as_tensor": {"name": "added"}}],
+        "metadata": {},
+        "inputs": [{"name": n, "arg": a, "kind": 1} for n, a in inputs.items()],
+    }
     with edit(members, MODEL) as content:
-        graph(content)["tensor_values"]["added"] = next(iter(graph(content)["tensor_values"].values()))
+        graph(content)["tensor_values"]["added"] = next(
+            iter(graph(content)["tensor_values"].values())
+        )
         graph(content)["nodes"].insert(0, node)
 
 
@@ -176,15 +196,33 @@ def library(members, mark):
     """A compiled model: torch opens its shared object."""
     if not shutil.which("gcc"):
         pytest.skip("no compiler for the shared object")
-    source = f'#include <stdio.h>\n__attribute__((constructor)) void f() {{ fclose(fopen("{mark}", "w")); }}'
+    body = f'__attribute__((constructor)) void f() {{ fclose(fopen("{mark}", "w")); }}'
+    source = f"#include <stdio.h>\n{body}"
     compiled = mark.with_suffix(".so")
-    subprocess.run(["gcc", "-x", "c", "-shared", "-fPIC", "-o", compiled, "-"], input=source.encode(), check=True)
+    subprocess.run(
+        ["gcc", "-x", "c", "-shared", "-fPIC", "-o", compiled, "-"],
+        input=source.encode(),
+        check=True,
+    )
     members["data/aotinductor/model/model.wrapper.so"] = compiled.read_bytes()
     members["data/aotinductor/model/model.wrapper_metadata.json"] = b'{"AOTI_DEVICE_KEY": "cpu"}'
 
 
-ATTACKS = (pickled_inputs, legacy_weights, legacy_constants, pickled_weight, pickled_weight_by_a_truthy_word,
-           pickled_constant, opaque_constant, expression, guard, node_name, tree, mapped_file, library)
+ATTACKS = (
+    pickled_inputs,
+    legacy_weights,
+    legacy_constants,
+    pickled_weight,
+    pickled_weight_by_a_truthy_word,
+    pickled_constant,
+    opaque_constant,
+    expression,
+    guard,
+    node_name,
+    tree,
+    mapped_file,
+    library,
+)
 
 
 def refused(path) -> str:
@@ -217,7 +255,7 @@ def test_attack(attack, good, tmp_path, monkeypatch):
     write(path, members)
     line = refused(path)
     assert "holds" in line and not mark.exists(), line
-    with contextlib.suppress(Exception):                        # most fail once the payload has run
+    with contextlib.suppress(Exception):  # most fail once the payload has run
         torch.export.load(path).module()(*INPUTS)
     assert mark.exists(), "torch alone does not run this payload, so that the test shows nothing"
 
@@ -236,8 +274,18 @@ def test_layout_before_torch_2_7(good, tmp_path):
     assert mark.exists()
 
 
-@pytest.mark.parametrize("name", ["data/weights/../x", "models/other.json", "extra/a/b", "data/weights/weight_0.so",
-                                  "data/constants/custom_obj_0", "data/aotinductor/model/model.so", "x"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data/weights/../x",
+        "models/other.json",
+        "extra/a/b",
+        "data/weights/weight_0.so",
+        "data/constants/custom_obj_0",
+        "data/aotinductor/model/model.so",
+        "x",
+    ],
+)
 def test_unknown_member(name, good, tmp_path):
     write(tmp_path / "laq.pt2", {**read(good), name: b"x"})
     assert f"member '{name}'" in refused(tmp_path / "laq.pt2")
@@ -255,7 +303,7 @@ def test_missing_file(tmp_path):
 
 def test_truncated_and_damaged(good, tmp_path):
     whole = good.read_bytes()
-    for content in (whole[:len(whole) // 2], whole[:-30], whole.replace(b"[", b"]")):
+    for content in (whole[: len(whole) // 2], whole[:-30], whole.replace(b"[", b"]")):
         (tmp_path / "laq.pt2").write_bytes(content)
         assert "cannot be read" in refused(tmp_path / "laq.pt2")
 
@@ -266,12 +314,31 @@ def test_missing_member(good, tmp_path):
         refused(tmp_path / "laq.pt2")
 
 
-# ---------------------------------------------------------------------------------------------- one text at a time
-TARGETS = ["torch.os.system", "torch.hub.load", "torch.load", "torch.ops.aten.save.default", "torch.ops.aten.add",
-           "torch.ops.aten.add.__class__", "torch.ops.aten.add.Tensor.x", "torch.ops.higher_order.cond", "math.sin",
-           "_operator.attrgetter", "_operator.add", "#a:b"]
-EXPRESSIONS = ["oo", "2**9**9**9", "Symbol('s77')", "Symbol('s1', positive=True, integer=True)\n", "s77.__class__", "",
-               "Mul(Integer(2), f(1))", "Symbol('s\u0661', positive=True, integer=True)"]
+# ------------------------------------------------------------ one text at a time
+TARGETS = [
+    "torch.os.system",
+    "torch.hub.load",
+    "torch.load",
+    "torch.ops.aten.save.default",
+    "torch.ops.aten.add",
+    "torch.ops.aten.add.__class__",
+    "torch.ops.aten.add.Tensor.x",
+    "torch.ops.higher_order.cond",
+    "math.sin",
+    "_operator.attrgetter",
+    "_operator.add",
+    "#a:b",
+]
+EXPRESSIONS = [
+    "oo",
+    "2**9**9**9",
+    "Symbol('s77')",
+    "Symbol('s1', positive=True, integer=True)\n",
+    "s77.__class__",
+    "",
+    "Mul(Integer(2), f(1))",
+    "Symbol('s\u0661', positive=True, integer=True)",
+]
 
 
 def changed(good, tmp_path, change) -> str:
@@ -292,30 +359,45 @@ def test_other_targets(target, good, tmp_path):
 @pytest.mark.parametrize("text", EXPRESSIONS)
 def test_other_expressions(text, good, tmp_path):
     size = {"as_expr": {"expr_str": text, "hint": None}}
-    assert f"expr_str {text!r}" in changed(good, tmp_path, lambda c: graph(c)["sym_int_values"].update(a=size))
+    assert f"expr_str {text!r}" in changed(
+        good, tmp_path, lambda c: graph(c)["sym_int_values"].update(a=size)
+    )
 
 
 @pytest.mark.parametrize("name", ["metadata", "stack_trace", "torch_fn", "config"])
 def test_no_name_hides_an_expression(name, good, tmp_path):
     """A tensor named like a comment does not make one of what is below it."""
     meta = {"sizes": [{"as_expr": {"expr_str": "print()", "hint": None}}]}
-    assert "expr_str 'print()'" in changed(good, tmp_path, lambda c: graph(c)["tensor_values"].update({name: meta}))
+    assert "expr_str 'print()'" in changed(
+        good, tmp_path, lambda c: graph(c)["tensor_values"].update({name: meta})
+    )
 
 
 def test_other_fields(good, tmp_path):
     def first(content):
         return graph(content)["nodes"][0]["inputs"][0]
 
-    assert "guards_code 'print()'" in changed(good, tmp_path, lambda c: c.update(guards_code=["print()"]))
+    assert "guards_code 'print()'" in changed(
+        good, tmp_path, lambda c: c.update(guards_code=["print()"])
+    )
     assert "name 'a.b'" in changed(good, tmp_path, lambda c: first(c).update(name="a.b"))
-    assert "as_string '/a'" in changed(good, tmp_path, lambda c: first(c).update(arg={"as_string": "/a"}))
-    assert "as_operator 'math.sin'" in changed(good, tmp_path, lambda c: first(c).update(arg={"as_operator": "math.sin"}))
-    assert "key 'a b'" in changed(good, tmp_path, lambda c: graph(c)["tensor_values"].update({"a b": {}}))
+    assert "as_string '/a'" in changed(
+        good, tmp_path, lambda c: first(c).update(arg={"as_string": "/a"})
+    )
+    assert "as_operator 'math.sin'" in changed(
+        good, tmp_path, lambda c: first(c).update(arg={"as_operator": "math.sin"})
+    )
+    assert "key 'a b'" in changed(
+        good, tmp_path, lambda c: graph(c)["tensor_values"].update({"a b": {}})
+    )
     assert "source_fn_stack 'a,torch.b'" in changed(
-        good, tmp_path, lambda c: graph(c)["nodes"][0].update(metadata={"source_fn_stack": "a,torch.b"}))
+        good,
+        tmp_path,
+        lambda c: graph(c)["nodes"][0].update(metadata={"source_fn_stack": "a,torch.b"}),
+    )
 
 
-# ---------------------------------------------------------------------------------------------- the file itself
+# ------------------------------------------------------------ the file itself
 def test_what_is_checked_is_loaded(good, tmp_path, monkeypatch):
     """The file is read once: nothing is taken from what lies there a moment later."""
     later = read(good)
@@ -347,12 +429,15 @@ def test_member_twice(good, tmp_path):
 def test_every_labeller_opens(arch, quantizer, tmp_path):
     """What new operators of a changed model would break."""
     import laq
+
     cfg = laq.Config(arch=arch, quantizer=quantizer)
     laq.check(cfg)
     model = laq.Labeller(laq.LAQ(cfg).eval())
     frames = torch.zeros(4, 2, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
     with torch.no_grad():
-        program = torch.export.export(model, (frames,), dynamic_shapes=({0: torch.export.Dim("B", min=1, max=64)},))
+        program = torch.export.export(
+            model, (frames,), dynamic_shapes=({0: torch.export.Dim("B", min=1, max=64)},)
+        )
     program.example_inputs = None
     torch.export.save(program, tmp_path / "laq.pt2")
     assert torch.equal(open_program(tmp_path / "laq.pt2")[0].module()(frames)[0], model(frames)[0])
