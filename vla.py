@@ -470,7 +470,7 @@ OPERATORS = """
     cos cumsum detach div dropout einsum elu embedding eq erf exp expand flatten floor full
     full_like gather ge gelu group_norm gt index index_select layer_norm le leaky_relu linear
     log log_softmax logical_and logical_not lt masked_fill matmul max max_pool2d maximum mean
-    min minimum mul ne neg new_ones one_hot ones pad permute pixel_shuffle pixel_unshuffle pow
+    min minimum mul nan_to_num ne neg new_ones one_hot ones pad permute pixel_shuffle pixel_unshuffle pow
     reciprocal relu repeat reshape rms_norm roll round rsqrt scaled_dot_product_attention select
     sigmoid sign silu sin slice softmax split sqrt square squeeze stack std sub sum sym_size
     tanh tile to topk transpose tril triu unbind unflatten unsqueeze upsample_bilinear2d
