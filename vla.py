@@ -470,11 +470,11 @@ OPERATORS = """
     cos cumsum detach div dropout einsum elu embedding eq erf exp expand flatten floor full
     full_like gather ge gelu group_norm gt index index_select layer_norm le leaky_relu linear
     log log_softmax logical_and logical_not lt masked_fill matmul max max_pool2d maximum mean
-    min minimum mul nan_to_num ne neg new_ones one_hot ones pad permute pixel_shuffle pixel_unshuffle pow
-    reciprocal relu repeat reshape rms_norm roll round rsqrt scaled_dot_product_attention select
-    sigmoid sign silu sin slice softmax split sqrt square squeeze stack std sub sum sym_size
-    tanh tile to topk transpose tril triu unbind unflatten unsqueeze upsample_bilinear2d
-    upsample_nearest2d var view view_as where zeros zeros_like"""
+    min minimum mul nan_to_num ne neg new_ones one_hot ones pad permute pixel_shuffle
+    pixel_unshuffle pow reciprocal relu repeat reshape rms_norm roll round rsqrt
+    scaled_dot_product_attention select sigmoid sign silu sin slice softmax split sqrt square
+    squeeze stack std sub sum sym_size tanh tile to topk transpose tril triu unbind unflatten
+    unsqueeze upsample_bilinear2d upsample_nearest2d var view view_as where zeros zeros_like"""
 SYMBOL = r"Symbol\('s\d+', positive=True, integer=True\)"
 SIZE = r"L\['\w+'\]\.size\(\)\[\d+\]"
 TREE = r'([\[\]{}:, 1]|null|"(type|context|children_spec|builtins\.(tuple|dict)|null|\[\])")*'
