@@ -171,6 +171,27 @@ def test_learning_rate_falls_to_its_share():
     assert rates[5000] == pytest.approx(5e-6) and rates[1000:] == sorted(rates[1000:], reverse=True)
 
 
+def test_speed_is_of_training_alone(tmp_path, monkeypatch):
+    """At every line, the first too; validations and checkpoints take no part."""
+    now = [0.0]
+    monkeypatch.setattr(laq.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(laq, "matmul_rate", lambda device, dtype: 5.0)
+    cfg = laq.Config(out=str(tmp_path), steps=5, batch_size=10, log_every=2)
+    laq.check(cfg)
+    log = laq.Logger(cfg, rank=0, world=2, start=0, flops=2, device=torch.device("cpu"))
+    for step in range(5):
+        with log.paused():
+            now[0] += 100
+        with log.waiting():
+            now[0] += 1
+        now[0] += 3
+        log.step(step, {"grad_norm": torch.tensor(1.0)}, {"episode": np.zeros(10)})
+    seen = metrics(tmp_path, "samples_per_s", "data_wait", "mfu")
+    assert list(seen["mfu"]) == [0, 2, 4]
+    assert {key: set(values.values()) for key, values in seen.items()} == {
+        "samples_per_s": {2.5}, "data_wait": {0.25}, "mfu": {0.5}}
+
+
 # ------------------------------------------------------------ closed loop
 def test_rollout(stages, tmp_path):
     args = ["--policy", stages / "ft/policy", "--episodes", 2, "--max-steps", 24, "--tasks", *TASKS]
