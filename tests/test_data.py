@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import cv2
 import numpy as np

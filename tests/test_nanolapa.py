@@ -230,7 +230,7 @@ def test_an_expert_that_fails_costs_one_episode(tmp_path, monkeypatch, capsys):
     cfg = rollout.Config(record=True, data=str(tmp_path), episodes=3, tasks=tuple(TASKS))
     rollout.check(cfg)
 
-    def episodes(jobs, workers, label, fails={3}):
+    def episodes(jobs, workers, label, fails=(3,)):
         for i, (_, task, seeds, _) in enumerate(jobs):
             assert len(seeds) == rollout.TRIES and seeds[0] == i // 2
             zeros = np.zeros((5, 4))
@@ -243,7 +243,7 @@ def test_an_expert_that_fails_costs_one_episode(tmp_path, monkeypatch, capsys):
     assert "recorded 5 of 6 episodes" in out and "failed at 'faucet-close'" in err
     builder = tfds.builder_from_directory(str(tmp_path / "metaworld_corner4/1.0.0"))
     assert builder.info.splits["train"].num_examples == 5
-    monkeypatch.setattr(rollout, "run_jobs", lambda *args: episodes(*args, fails={1}))
+    monkeypatch.setattr(rollout, "run_jobs", lambda *args: episodes(*args, fails=(1,)))
     cfg.data = str(tmp_path / "other")
     with pytest.raises(SystemExit, match="lower --noise or leave the task out"):
         rollout.record(cfg)
