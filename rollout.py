@@ -8,7 +8,7 @@
 In: a policy/ folder as finetune.py exports it (policy.pt2, tokenizer, manifest.json `policy.v1`).
 Out: OUT/results.json and OUT/TASK.gif; OUT/episodes_RANK.jsonl holds the episodes as they end (OUT
 is a folder that all processes of torchrun see). With --record DATA/WORLD_CAMERA/VERSION, which
-data_oxe.py reads.
+data_oxe.py reads; with --record --distract 0.5 DATA/WORLD_CAMERA_distract50/VERSION.
 
 Simulation runs in spawned worker processes that never import TensorFlow: its libraries and Mesa's
 renderer crash in one process.
@@ -57,6 +57,7 @@ class Config:
     camera: str = ""                        # view; '': corner4, or the one a policy learned from
     max_steps: int = 200                    # steps after which an episode has failed
     stock: bool = False                     # render as Meta-World ships it, ten times slower
+    distract: float = 0.0                   # 0..1: camera shakes, background moves, light drifts
     seed: int = 0                           # block of 10,000 environment seeds
     workers: int = 0                        # simulation processes; 0: one a core, if memory allows
 
@@ -78,7 +79,8 @@ class MetaWorld:
     """One Meta-World task, in a worker process.
 
     reset(seed) is reproducible to the pixel; step(action (A,)) -> reward, success; state float32
-    (Ds,); image(size) -> uint8 (size, size, 3); expert() -> what the scripted policy commands, (A,)
+    (Ds,); image(size) -> uint8 (size, size, 3); background(size) -> bool (size, size), where there
+    is neither robot nor object; expert() -> what the scripted policy commands, (A,)
 
     Pictures differ from stock Meta-World: no shadows, reflections or multisampling, rendered at
     twice the size and averaged. Ten times faster on a CPU, but scores on pixels are not comparable
@@ -89,6 +91,7 @@ class MetaWorld:
     action_dim, state_dim = 4, 4            # xyz and gripper: commanded; measured
     pushed = np.array([1, 1, 1, 0])         # action dimensions that the random push moves
     longest = 500                           # steps that the simulator allows
+    scenery = "world", "tablelink", "RetainingWall"         # bodies: floor, table, walls
     entry = dict(                           # as data_oxe.Entry: how recorded episodes are read
         version="1.0.0", action="action:dddg", executed="executed_action:dddg",
         state="observation/state:4", hz=80, offset=8)
@@ -117,6 +120,8 @@ class MetaWorld:
         self.camera = mujoco.mj_name2id(env.model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
         if camera == "corner4":
             env.model.cam_pos[self.camera] = [0.75, 0.075, 0.7]
+        bodies = [env.model.body(i).name for i in env.model.body_rootid[env.model.geom_bodyid]]
+        self.scenery_geoms = np.flatnonzero(np.isin(bodies, self.scenery))
         self.renderers = {}
 
     def reset(self, seed: int):
@@ -138,6 +143,18 @@ class MetaWorld:
         return self.observation[:4].astype(np.float32)
 
     def image(self, size: int) -> np.ndarray:
+        x = self.render(size).reshape(size, self.scale, size, self.scale, 3).mean((1, 3))
+        return np.ascontiguousarray(x.round().astype(np.uint8))
+
+    def background(self, size: int) -> np.ndarray:
+        from mujoco import mjtObj
+        ids, kinds = np.moveaxis(self.render(size, segmented=True), -1, 0)
+        scenery = (kinds == int(mjtObj.mjOBJ_GEOM)) & np.isin(ids, self.scenery_geoms)
+        scenery |= kinds == -1                              # nothing is there
+        return scenery.reshape(size, self.scale, size, self.scale).all((1, 3))
+
+    def render(self, size: int, segmented: bool = False) -> np.ndarray:
+        """A picture at `scale` times the size; `segmented`: id and kind of what is seen, (.., 2)"""
         import mujoco
         scale = self.scale
         if size not in self.renderers:
@@ -145,19 +162,73 @@ class MetaWorld:
             buffer.offwidth = max(buffer.offwidth, scale * size)
             buffer.offheight = max(buffer.offheight, scale * size)
             self.renderers[size] = mujoco.Renderer(self.env.model, scale * size, scale * size)
-        self.renderers[size].update_scene(self.env.data, camera=self.camera)
-        x = self.renderers[size].render()[::-1, ::-1]       # its cameras stand on their heads
-        x = x.reshape(size, scale, size, scale, 3).mean((1, 3))
-        return np.ascontiguousarray(x.round().astype(np.uint8))
+        renderer = self.renderers[size]
+        if segmented:
+            renderer.enable_segmentation_rendering()
+        renderer.update_scene(self.env.data, camera=self.camera)
+        x = renderer.render()[::-1, ::-1]                   # its cameras stand on their heads
+        renderer.disable_segmentation_rendering()
+        return x
 
 
 WORLDS = {"metaworld": MetaWorld}
+
+
+class Distraction:
+    """Makes the video of an episode unclean, as videos in the wild are: the camera shakes, things
+    move behind the robot, light drifts; after the Distracting Control Suite (arXiv 2101.02722).
+
+    (image uint8 (S, S, 3), background bool (S, S), step) -> image: a function of seed, level and
+    step alone, not of the pictures drawn before. Lengths are shares of the side, times are steps.
+    """
+
+    blobs = 5
+
+    def __init__(self, seed: int, level: float):
+        self.level, rng = level, np.random.default_rng((seed, 1))       # a stream of its own
+        # seven walks of two sinusoids each: shake along x and y, contrast, brightness, tint of RGB
+        self.period = rng.uniform(40, 160, (7, 2))
+        self.phase = rng.uniform(0, 2 * np.pi, (7, 2))
+        self.start = rng.uniform(0, 2, (self.blobs, 2))
+        self.velocity = rng.uniform(-1 / 80, 1 / 80, (self.blobs, 2))   # walking, some 2 m away
+        self.radius = rng.uniform(0.15, 0.3, self.blobs)
+        self.color = rng.uniform(0, 255, (self.blobs, 3))
+        self.stripes = rng.uniform(-40, 40, (self.blobs, 2))            # radians a side
+
+    def __call__(self, image: np.ndarray, background: np.ndarray, step: int) -> np.ndarray:
+        waves = np.sin(self.phase + 2 * np.pi * step / self.period)
+        walks = self.level * waves.mean(1)                  # smooth, within -level..level
+        x = self.paint(image, background, step)
+        shake = np.c_[np.eye(2), walks[:2] / 16 * len(x)]
+        x = cv2.warpAffine(x, shake, x.shape[:2], borderMode=cv2.BORDER_REPLICATE)
+        contrast, brightness, *tint = 1 + 0.2 * walks[2:]
+        x = (128 + (x - 128) * contrast) * brightness * tint
+        return x.round().clip(0, 255).astype(np.uint8)
+
+    def paint(self, image: np.ndarray, background: np.ndarray, step: int) -> np.ndarray:
+        """The image with striped blobs that drift over its background and bounce at the borders."""
+        x, size = image.astype(np.float64), len(image)
+        grid = (np.mgrid[:size, :size] + 0.5) / size                    # (2, S, S)
+        centers = np.abs((self.start + self.velocity * step) % 2 - 1)
+        for i, center in enumerate(centers):
+            away = grid - center[:, None, None]
+            inside = np.exp(-((away / self.radius[i]) ** 2).sum(0) ** 2)
+            texture = 0.7 + 0.3 * np.sin(np.tensordot(self.stripes[i], away, 1))
+            opacity = 0.8 * self.level * inside * background
+            x += opacity[..., None] * (texture[..., None] * self.color[i] - x)
+        return x
 
 
 @cache
 def world_at(name: str, task: str, camera: str, stock: bool):
     """A worker's simulator of a task; built once, as that takes a second."""
     return WORLDS[name](task, camera, stock)
+
+
+def view(world, size: int, distraction: Distraction, step: int) -> np.ndarray:
+    """What the camera shows at a step, uint8 (size, size, 3)."""
+    image = world.image(size)
+    return distraction(image, world.background(size), step) if distraction.level else image
 
 
 # ------------------------------------------------------------ evaluation
@@ -168,24 +239,25 @@ def policy_episode(task: str, seed: int, cfg: Config, spec: dict, tokens, film: 
     """
     import torch
     policy, world = policy_at(cfg.policy), world_at(cfg.world, task, spec["camera"], cfg.stock)
-    rng = np.random.default_rng(seed)
+    rng, distraction = np.random.default_rng(seed), Distraction(seed, cfg.distract)
     ids, mask = (torch.tensor([x]) for x in tokens)                     # (1, L) each
     frames, queue, success, steps = [], [], False, 0
     world.reset(seed)
     while steps < cfg.max_steps and not success:
         if not queue:
-            image = torch.from_numpy(as_loaded(world.image(spec["source_size"]), spec))
+            image = view(world, spec["source_size"], distraction, steps)
+            image = torch.from_numpy(as_loaded(image, spec))
             state = torch.from_numpy(world.state)
             noise = rng.standard_normal((1, spec["chunk"], spec["action_dim"]), np.float32)
             with torch.inference_mode():
                 chunk = policy(image[None], state[None], ids, mask, torch.from_numpy(noise))
             queue = list(chunk[0].numpy()[:cfg.replan or None])         # of C actions
         if film and steps % 4 == 0:
-            frames.append(world.image(160))
+            frames.append(view(world, 160, distraction, steps))
         _, success = world.step(queue.pop(0))
         steps += 1
     if film:
-        frames += [world.image(160)] * 10
+        frames += [view(world, 160, distraction, steps)] * 10
     return dict(task=task, seed=seed, success=success, steps=steps, frames=frames)
 
 
@@ -272,13 +344,14 @@ def expert_episode(task: str, seed: int, cfg: Config) -> dict:
     commanded; `executed_action` what was done. Pictures are PNG."""
     world, rng = world_at(cfg.world, task, cfg.camera, cfg.stock), np.random.default_rng(seed)
     push, steps, finished = np.zeros(world.action_dim), [], None
+    distraction = Distraction(seed, cfg.distract)
     world.reset(seed)
     while len(steps) < cfg.max_steps:
         draw = rng.standard_normal(world.action_dim) * world.pushed
         push = 0.9 * push + cfg.noise * math.sqrt(1 - 0.9 ** 2) * draw
         command = world.expert()
         executed = np.clip(command + push, -1, 1)
-        image, state = world.image(cfg.image_size), world.state
+        image, state = view(world, cfg.image_size, distraction, len(steps)), world.state
         reward, success = world.step(executed)
         png = iio.imwrite("<bytes>", image, extension=".png", compress_level=3)
         steps.append((png, state, command, executed, reward))
@@ -295,6 +368,8 @@ def record(cfg: Config):
     them. An episode that fails is replaced by another seed's, or else left out and named."""
     from data_oxe import Entry, EpisodeWriter               # imports TensorFlow: not in the workers
     world, name = WORLDS[cfg.world], f"{cfg.world}_{cfg.camera}"
+    if cfg.distract:
+        name += f"_distract{round(100 * cfg.distract)}"     # percent: names hold no dot
     entry = Entry(frame=f"{cfg.image_size}x{cfg.image_size} png", **world.entry)
     block = range(cfg.seed * SEEDS, (cfg.seed + 1) * SEEDS)
     jobs = [(expert_success, task, list(block[i::cfg.episodes][:TRIES]), cfg)
@@ -350,6 +425,8 @@ def check(cfg: Config):
              f"recording may need spare ones)")
     if not 1 <= cfg.max_steps <= world.longest:
         fail(f"--max-steps {cfg.max_steps} must be in 1..{world.longest}, the simulator's limit")
+    if not 0 <= cfg.distract <= 1 or cfg.distract != round(cfg.distract, 2):
+        fail(f"--distract {cfg.distract} must be in 0..1, with two decimals at most")
     if min(cfg.replan, cfg.workers) < 0:
         fail(f"--replan {cfg.replan} and --workers {cfg.workers} must not be negative")
     if cfg.record and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -435,8 +512,8 @@ def load_manifest(cfg: Config) -> dict:
     for key, here in wanted.items():
         if spec.get(key) != here:
             fail(f"policy '{folder}': {key} is {spec.get(key)!r}, {cfg.world} needs {here!r}")
-    sizes = {name.removeprefix(f"{cfg.world}_"): size for name, size in spec["datasets"].items()
-             if name.startswith(f"{cfg.world}_")}
+    sizes = {name.removeprefix(f"{cfg.world}_").partition("_distract")[0]: size
+             for name, size in spec["datasets"].items() if name.startswith(f"{cfg.world}_")}
     if not spec["units_of"].startswith(f"{cfg.world}_"):
         fail(f"policy '{folder}' acts in the units of '{spec['units_of']}', the first dataset of "
              f"its mix, not of a {cfg.world}_CAMERA dataset: train it with such a one first")
@@ -487,6 +564,9 @@ def compare(cfg: Config):
         if arm["evaluation_seeds"] != one["evaluation_seeds"]:
             fail(f"--compare: evaluation seeds of '{name}' are {arm['evaluation_seeds']}, of "
                  f"'{first}' {one['evaluation_seeds']}")
+        if arm["distract"] != one["distract"]:
+            fail(f"--compare: '{name}' was evaluated at --distract {arm['distract']}, '{first}' at "
+                 f"{one['distract']}")
     rows = [["success rate [95% interval]", *arms]]
     for task, column in one["tasks"].items():
         cells = [arm["tasks"][task] for arm in arms.values()]
@@ -507,6 +587,7 @@ def read_arm(item: str) -> tuple[str, dict]:
     manifest = report["policy_manifest"]
     settings = "init", "seed", "episodes_per_task", "use_state"
     return name, {"tasks": report["tasks"], "evaluation_seeds": report["seeds"],
+                  "distract": report["config"].get("distract", 0.0),    # older ones were clean
                   "policy": report["policy"], "step": manifest["step"], "blind": manifest["blind"],
                   **{k: manifest["config"][k] for k in settings}}
 

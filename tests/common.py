@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,6 +47,20 @@ def metrics(folder, *keys):
     """{key: {step: value}} of a run."""
     rows = [json.loads(x) for x in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return {k: {r["step"]: r[k] for r in rows if k in r} for k in keys}
+
+
+def expert_pictures(task, seed, steps):
+    """In a simulation process: pictures and backgrounds at these steps of an expert's episode, and
+    one more of the last step, viewed at level 0."""
+    import rollout
+    world, pictures = rollout.world_at("metaworld", task, "corner4", False), []
+    world.reset(seed)
+    for step in range(max(steps) + 1):
+        if step in steps:
+            pictures.append((world.image(64), world.background(64)))
+            last = rollout.view(world, 64, rollout.Distraction(seed, 0.0), step)
+        world.step(world.expert())
+    return *map(np.stack, zip(*pictures)), last
 
 
 def stage_args(stage, data, stages):

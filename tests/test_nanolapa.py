@@ -17,7 +17,7 @@ import pytest
 import tensorflow_datasets as tfds
 import torch
 import tyro
-from common import ROOT, TASKS, TINY, metrics, run, stage_args, start
+from common import ROOT, TASKS, TINY, expert_pictures, metrics, run, stage_args, start
 
 import data_oxe
 import finetune
@@ -194,7 +194,8 @@ def test_speed_is_of_training_alone(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------ closed loop
 def test_rollout(stages, tmp_path):
-    args = ["--policy", stages / "ft/policy", "--episodes", 2, "--max-steps", 24, "--tasks", *TASKS]
+    args = ["--policy", stages / "ft/policy", "--episodes", 2, "--max-steps", 24, "--tasks", *TASKS,
+            "--distract", 0.5]
     run("rollout.py", *args, "--out", tmp_path / "a")
     report = json.loads((tmp_path / "a/results.json").read_text())
     every = report["tasks"]["all"]
@@ -208,6 +209,11 @@ def test_rollout(stages, tmp_path):
     p = run("rollout.py", "--compare", f"x={tmp_path}/a", f"y={tmp_path}/b", "--out", tmp_path)
     assert "drawer-open (2)" in p.stdout
     assert set(json.loads((tmp_path / "results.json").read_text())) == {"x", "y"}
+    del again["config"]["distract"]                         # as before there was such an option
+    (tmp_path / "b/results.json").write_text(json.dumps(again))
+    cfg = rollout.Config(compare=(f"x={tmp_path}/a", f"y={tmp_path}/b"), out=str(tmp_path))
+    with pytest.raises(SystemExit, match="'y' was evaluated at --distract 0.0, 'x' at 0.5"):
+        rollout.compare(cfg)
 
 
 def test_a_dead_simulator_costs_no_episode(stages, tmp_path):
@@ -250,6 +256,56 @@ def test_an_expert_that_fails_costs_one_episode(tmp_path, monkeypatch, capsys):
     assert not [*Path(cfg.data).rglob("*.json")]
 
 
+def test_a_distraction_is_of_its_seed_and_step_alone():
+    """Recordings and evaluations are reproducible, at every size the same."""
+    rng = np.random.default_rng(0)
+    large = cv2.resize(rng.integers(0, 255, (5, 5, 3), np.uint8), (128, 128))
+    image, background = cv2.resize(large, (64, 64), interpolation=cv2.INTER_AREA), np.eye(64) == 0
+    assert np.array_equal(rollout.Distraction(3, 0.0)(image, background, 7), image)
+    first = rollout.Distraction(3, 1.0)
+    pictures = [first(image, background, step) for step in range(20)]
+    assert np.array_equal(rollout.Distraction(3, 1.0)(image, background, 7), pictures[7])
+    changes = np.abs(np.diff(np.int64(pictures), axis=0)).mean((1, 2, 3))
+    assert changes.min() > 0.5
+    assert np.abs(rollout.Distraction(4, 1.0)(image, background, 7) - 1.0 * pictures[7]).mean() > 10
+    kept = first.paint(image, background, 7)[~background]
+    assert np.array_equal(kept, image[~background])
+    all_over = np.ones((128, 128), bool)
+    small = first(image, all_over[:64, :64], 7)
+    its = cv2.resize(first(large, all_over, 7), (64, 64), interpolation=cv2.INTER_AREA)
+    assert np.abs(small - 1.0 * its)[4:-4, 4:-4].mean() < 2
+
+
+def test_the_background_holds_neither_robot_nor_object():
+    job = expert_pictures, "button-press-topdown", 3, (0, 30, 60)
+    (images, backgrounds, last), = rollout.run_jobs([job], 1, "")
+    assert np.array_equal(last, images[-1])                 # level 0: the clean picture
+    r, g, b = np.moveaxis(images.astype(int), -1, 0)
+    robot, button = r > 3 * np.maximum(g, b) + 20, np.minimum(r, g) > 2 * b + 20
+    assert robot.mean() > 0.03 and button.mean() > 0.005 and 0.5 < backgrounds.mean() < 0.95
+    assert not (backgrounds & (robot | button)).any()
+    still = backgrounds.all(0)
+    assert np.array_equal(images[0][still], images[-1][still])
+
+
+def test_a_distracted_recording_is_read_and_its_camera_known(stages, tmp_path, monkeypatch):
+    cfg = rollout.Config(record=True, data=str(tmp_path), episodes=2, tasks=("drawer-open",),
+                         distract=0.29, workers=1)
+    rollout.check(cfg)
+    rollout.record(cfg)
+    name = "metaworld_corner4_distract29"
+    cfg = data_oxe.DataConfig(data=str(tmp_path), mix=f"{name}:1", val_fraction=0.5)
+    batch = next(iter(data_oxe.Loader(cfg, "train", 16, 64, chunk=8)))
+    corners = batch["frames"][:, 0, -8:, -8:].astype(int)   # table, which stands still when clean
+    assert np.abs(corners - corners[0]).mean() > 2
+    spec = json.loads((stages / "ft/policy/manifest.json").read_text())
+    spec.update(datasets={name: 64}, units_of=name)
+    (tmp_path / "manifest.json").write_text(json.dumps(spec))
+    monkeypatch.setattr(rollout, "open_program", lambda path: None)
+    spec = rollout.load_manifest(rollout.Config(policy=str(tmp_path)))
+    assert (spec["camera"], spec["source_size"]) == ("corner4", 64)
+
+
 def test_pictures_are_resized_as_the_loader_does():
     """A policy must see what it learned from."""
     rng = np.random.default_rng(0)
@@ -288,6 +344,7 @@ def test_pictures_are_resized_as_the_loader_does():
     ("rollout.py", ["--tasks", "open-sesame"], "unknown task 'open-sesame'"),
     ("rollout.py", ["--policy", "/nowhere"], "no policy at '/nowhere'"),
     ("rollout.py", ["--camera", "ceiling"], "unknown camera 'ceiling'"),
+    ("rollout.py", ["--distract", "1.5"], "--distract 1.5 must be in 0..1"),
     ("rollout.py", ["--record", "--data", "DATA"], "exists already"),
 ])
 def test_user_errors_are_one_line(script, args, says, data, stages, tmp_path):
