@@ -184,8 +184,9 @@ class Distraction:
 
     blobs = 5
 
-    def __init__(self, seed: int, level: float):
-        self.level, rng = level, np.random.default_rng((seed, 1))       # a stream of its own
+    def __init__(self, seed: tuple[int, ...], level: float):
+        """seed: the episode's, and the letters of its task."""
+        self.level, rng = level, np.random.default_rng(seed)
         # seven walks of two sinusoids each: shake along x and y, contrast, brightness, tint of RGB
         self.period = rng.uniform(40, 160, (7, 2))
         self.phase = rng.uniform(0, 2 * np.pi, (7, 2))
@@ -239,7 +240,8 @@ def policy_episode(task: str, seed: int, cfg: Config, spec: dict, tokens, film: 
     """
     import torch
     policy, world = policy_at(cfg.policy), world_at(cfg.world, task, spec["camera"], cfg.stock)
-    rng, distraction = np.random.default_rng(seed), Distraction(seed, cfg.distract)
+    rng = np.random.default_rng(seed)
+    distraction = Distraction((seed, *task.encode()), cfg.distract)
     ids, mask = (torch.tensor([x]) for x in tokens)                     # (1, L) each
     frames, queue, success, steps = [], [], False, 0
     world.reset(seed)
@@ -344,7 +346,7 @@ def expert_episode(task: str, seed: int, cfg: Config) -> dict:
     commanded; `executed_action` what was done. Pictures are PNG."""
     world, rng = world_at(cfg.world, task, cfg.camera, cfg.stock), np.random.default_rng(seed)
     push, steps, finished = np.zeros(world.action_dim), [], None
-    distraction = Distraction(seed, cfg.distract)
+    distraction = Distraction((seed, *task.encode()), cfg.distract)
     world.reset(seed)
     while len(steps) < cfg.max_steps:
         draw = rng.standard_normal(world.action_dim) * world.pushed

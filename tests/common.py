@@ -58,7 +58,7 @@ def expert_pictures(task, seed, steps):
     for step in range(max(steps) + 1):
         if step in steps:
             pictures.append((world.image(64), world.background(64)))
-            last = rollout.view(world, 64, rollout.Distraction(seed, 0.0), step)
+            last = rollout.view(world, 64, rollout.Distraction((seed,), 0.0), step)
         world.step(world.expert())
     return *map(np.stack, zip(*pictures)), last
 

@@ -261,13 +261,14 @@ def test_a_distraction_is_of_its_seed_and_step_alone():
     rng = np.random.default_rng(0)
     large = cv2.resize(rng.integers(0, 255, (5, 5, 3), np.uint8), (128, 128))
     image, background = cv2.resize(large, (64, 64), interpolation=cv2.INTER_AREA), np.eye(64) == 0
-    assert np.array_equal(rollout.Distraction(3, 0.0)(image, background, 7), image)
-    first = rollout.Distraction(3, 1.0)
+    assert np.array_equal(rollout.Distraction((3,), 0.0)(image, background, 7), image)
+    first = rollout.Distraction((3,), 1.0)
     pictures = [first(image, background, step) for step in range(20)]
-    assert np.array_equal(rollout.Distraction(3, 1.0)(image, background, 7), pictures[7])
+    assert np.array_equal(rollout.Distraction((3,), 1.0)(image, background, 7), pictures[7])
     changes = np.abs(np.diff(np.int64(pictures), axis=0)).mean((1, 2, 3))
     assert changes.min() > 0.5
-    assert np.abs(rollout.Distraction(4, 1.0)(image, background, 7) - 1.0 * pictures[7]).mean() > 10
+    other = rollout.Distraction((4,), 1.0)(image, background, 7)
+    assert np.abs(other - 1.0 * pictures[7]).mean() > 10
     kept = first.paint(image, background, 7)[~background]
     assert np.array_equal(kept, image[~background])
     all_over = np.ones((128, 128), bool)
