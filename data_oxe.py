@@ -71,6 +71,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 tf.config.set_visible_devices([], "GPU")                        # the accelerator belongs to torch
+tf.get_logger().setLevel("ERROR")                             # warns of more than four Loaders
 
 
 @dataclass

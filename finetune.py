@@ -1,37 +1,45 @@
 """Stage 3: a policy with real actions from few labelled episodes, on a trunk with or without latent
-pretraining.
+pretraining, and from video whose actions are decoded.
 
-    python finetune.py --init runs/vla/stage2 --episodes-per-task 2     # after vla.py
+    python finetune.py --init runs/vla/stage2 --laq-ckpt runs/laq/laq.pt2 --episodes-per-task 2
     python finetune.py --init none --trunk tiny --episodes-per-task 2   # the control
     torchrun --nproc_per_node=4 finetune.py --init runs/vla/stage2 --batch-size 256 \\
         --dtype bfloat16
     sbatch sbatch/finetune.sh                                           # Slurm
     python finetune.py --resume runs/finetune/last.pt                   # go on, or --export-only
 
-In: RLDS episodes with actions through data_oxe.py, and a stage2/ folder of vla.py.
+In: RLDS episodes with actions through data_oxe.py, a stage2/ folder of vla.py, and laq.pt2.
 Out, in OUT: policy/ (policy.pt2, tokenizer files, manifest.json `policy.v1`, weights.safetensors),
 last.pt, metrics.jsonl. policy.pt2 maps (images uint8 (B, H, W, 3), state float32 (B, Ds), ids,
 mask int64 (B, L), noise float32 (B, C, A)) to actions float32 (B, C, A) in units of the
 mix's first dataset; it runs with torch alone.
 
-The head is a flow-matching model of the action chunk given the trunk's readout token (SmolVLA,
-arXiv 2506.01844).
+Gradient steps on few labels forget what the video taught. So the labelled episodes first teach a
+small decoder, in closed form: a frame pair's latent, with what the trunk made of the frame and the
+instruction, -> its action chunk. With it all video is labelled as its batches come, and the policy
+learns from true and decoded actions together (inverse dynamics as in VPT, arXiv 2206.11795, on
+latents as in LAPO, 2312.10812). Its weights are averaged over steps: single ones of cloned policies
+differ widely in success (Block et al., 2310.11428).
+
 Letters: B batch, L text tokens, P image tokens, C chunk, A action width, Ds state width, W trunk
-width, N width of the flow's vector.
+width, S latent tokens, D latent width, M rows of a fit.
 """
+import base64
 import contextlib
 import copy
+import io
 import json
 import math
 import os
 import pickle
+import re
 import secrets
 import shutil
 import signal
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -42,8 +50,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as safetensors_load, load_file, save_file
 from torch import nn
+from torch.export.passes import move_to_device_pass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.flop_counter import FlopCounterMode
@@ -66,20 +75,24 @@ class Config(data_oxe.DataConfig):
     trunk: str = "tiny"                     # 'tiny' (random, 64 px), or a SmolVLM2 name or folder
     text_layers: int = 16                   # of the language model that are kept, as in SmolVLA
     text_len: int = 32                      # instruction tokens; longer ones are cut
-    head_width: int = 256                   # of the flow-matching head
-    head_depth: int = 2                     # residual blocks of the flow-matching head
-    flow_steps: int = 10                    # Euler steps when sampling
+    head_width: int = 256                   # hidden units of the action head
     chunk: int = 8                          # C, actions predicted at once
     use_state: bool = True                  # give the head the robot's proprioception
     blind: bool = False                     # control: a black image, also in the exported policy
     normalize: Literal["quantile", "meanstd"] = "quantile"  # 1st to 99th percentile, or deviation
+
+    # video whose actions are decoded
+    laq_ckpt: str = ""                      # laq.py's labeller, 'pooled', or '': no video
+    targets: Literal["vectors", "codes"] = "vectors"    # latents: of the codes, or unquantized
+    video: str = ""                         # its mix; '': --mix, all episodes
+    video_share: float = 0.75               # of a batch
 
     # optimization
     steps: int = 600                        # optimizer steps; 0 exports the untrained model
     batch_size: int = 32                    # samples a step over all processes
     micro_batch: int = 0                    # samples a forward pass (gradients add up); 0: all
     lr: float | None = None                 # peak learning rate; None: by --size or --trunk
-    final_lr: float = 0.1                   # at the end of the cosine, as a share of the peak
+    final_lr: float = 0.0                   # at the end of the cosine, as a share of the peak
     warmup_steps: int | None = None         # of linear warm-up; None: by --size or --trunk
     weight_decay: float = 0.01              # AdamW's, of matrices
     grad_clip: float = 1.0                  # maximum gradient norm
@@ -102,40 +115,121 @@ class Policy(nn.Module):
     """Trunk, normalization and action head.
 
     forward(batch of to_inputs) -> losses by name, of normalized action chunks
-    act(batch, noise (B, C, A)) -> actions (B, C, A) in the units of the first dataset
+    act(batch) -> actions (B, C, A) in the units of the first dataset
     """
 
     def __init__(self, cfg: Config, trunk: "Trunk", stats: dict):
         super().__init__()
         self.cfg, self.trunk = cfg, trunk
-        action_dim, state_dim = (stats[f"{x}_offset"].shape[1] for x in ("action", "state"))
-        self.head = FlowHead(cfg.chunk * action_dim, trunk.width, cfg.head_width, cfg.head_depth,
-                             cfg.flow_steps)
+        self.action_dim, state_dim = (stats[f"{x}_offset"].shape[1] for x in ("action", "state"))
+        out = cfg.chunk * self.action_dim
         self.from_state = nn.Linear(state_dim, trunk.width)
+        self.linear = nn.Linear(trunk.width, out)                       # see start_at_closed_form
+        self.head = nn.Sequential(nn.Linear(trunk.width, cfg.head_width), nn.SiLU(),
+                                  nn.Linear(cfg.head_width, out))
+        nn.init.zeros_(self.head[-1].weight)
+        nn.init.zeros_(self.head[-1].bias)
         for name, value in stats.items():                               # (datasets, A or Ds)
             self.register_buffer(name, value)
+        self.register_buffer("error", torch.tensor(torch.inf))          # held out, where evaluated
 
     def forward(self, batch: dict) -> dict:
-        dataset = batch["dataset"]                                      # (B,)
-        offset, scale = self.action_offset[dataset], self.action_scale[dataset]     # (B, A)
-        chunk = (batch["actions"] - offset[:, None]) / scale[:, None]   # (B, C, A)
-        weight = batch["action_mask"][..., None].expand_as(chunk).float()
-        condition = self.condition(batch, dataset)
-        return {"flow": self.head.loss(chunk.flatten(1), condition, weight.flatten(1))}
+        error = (self.predict(batch) - batch["chunk"]).square().mean(2)             # (B, C)
+        error = error * batch["weight"]
+        parts = {"labelled": (error * ~batch["is_video"][:, None]).mean()}
+        if self.cfg.laq_ckpt:
+            parts["video"] = (error * batch["is_video"][:, None]).mean()
+        return parts
 
-    def act(self, batch: dict, noise):
-        first = torch.zeros_like(batch["ids"][:, 0])                    # (B,)
-        x = self.head.sample(self.condition(batch, first), noise.flatten(1))
-        return x.view_as(noise) * self.action_scale[0] + self.action_offset[0]      # (B, C, A)
+    def act(self, batch: dict):
+        chunk = self.predict({**batch, "dataset": torch.zeros_like(batch["ids"][:, 0])})
+        return chunk * self.action_scale[0] + self.action_offset[0]     # (B, C, A)
 
-    def condition(self, batch: dict, dataset):
-        images, state = batch["images"], batch["state"]
-        state = (state - self.state_offset[dataset]) / self.state_scale[dataset]
+    def predict(self, batch: dict):
+        """Normalized action chunks (B, C, A)."""
+        x = self.features(batch)
+        return (self.linear(x) + self.head(x)).unflatten(1, (self.cfg.chunk, self.action_dim))
+
+    def features(self, batch: dict):
+        images, dataset = batch["images"], batch["dataset"]
+        state = (batch["state"] - self.state_offset[dataset]) / self.state_scale[dataset]
         if self.cfg.blind:
             images = torch.zeros_like(images)
         if not self.cfg.use_state:
             state = torch.zeros_like(state)
         return self.trunk(images, batch["ids"], batch["mask"]) + self.from_state(state)     # (B, W)
+
+    def normalized(self, batch: dict):
+        """The loader's actions, (B, C, A)."""
+        dataset = batch["dataset"]
+        offset, scale = self.action_offset[dataset, None], self.action_scale[dataset, None]
+        return (batch["actions"] - offset) / scale
+
+
+class Decoder:
+    """What labelled episodes say about video. decoder(batch of frame pairs) -> normalized action
+    chunks (B, C, A), by kernel ridge from the pairs' latents and the readout of the trunk as it was
+    before any step: that knows the picture and the instruction.
+
+    metrics: held-out R2, beside that of pooled pixel differences in place of the latents and that
+    of the readout alone.
+    """
+
+    def __init__(self, cfg: Config, model: Policy, labeller, tokens, device):
+        self.targets, self.labeller = cfg.targets, labeller
+        self.tokens, self.device = tokens, device
+        self.trunk = copy.deepcopy(model.trunk).eval()
+        self.shape = cfg.chunk, model.action_dim
+        load = partial(data_oxe.Loader, image_size=max(labeller.image_size, self.trunk.image_size),
+                       horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk)
+        fit_loader = load(replace(cfg, pairs_per_episode=0), "train", 64, seed=2, shuffle_mb=8)
+        labeller.check(cfg, fit_loader)
+        fit = self.collect(model, fit_loader, math.ceil(KernelRidge.most / 64))
+        val = self.collect(model, load(cfg, "val", 64, seed=1, shuffle_mb=8), cfg.eval_batches)
+        maps, self.metrics = {}, {"rows": len(fit["chunk"])}
+        for name, features in {"": ("latent", "readout"), "_pooled_difference":
+                               ("pooled", "readout"), "_readout_alone": ("readout",)}.items():
+            x, x_val = ([rows[feature] for feature in features] for rows in (fit, val))
+            maps[name] = KernelRidge(x, fit["chunk"], fit["episode"])
+            unit = fit["chunk"].std(0).clamp(min=1e-3)
+            self.metrics[f"r2{name}"] = r2_of_all(maps[name](x_val), val["chunk"], unit)
+        self.map = maps[""]
+
+    def __call__(self, batch: dict) -> torch.Tensor:
+        chunk = self.map([self.latent(batch), self.readout(batch)])     # (B, C*A)
+        return chunk.float().unflatten(1, self.shape)
+
+    @torch.no_grad()
+    def latent(self, batch: dict):
+        codes, latents = self.labeller(batch["frames"])
+        return (latents if self.targets == "vectors" else self.labeller.lookup(codes)).flatten(1)
+
+    @torch.no_grad()
+    def readout(self, batch: dict):
+        images = data_oxe.resize_to(batch["frames"][:, 0], self.trunk.image_size)
+        return self.trunk(images, *self.tokens(batch["instruction"], self.device))
+
+    def describe(self) -> str:
+        m = self.metrics
+        return (f"decoder of actions, fitted on {m['rows']} labelled pairs: held-out R2 "
+                f"{m['r2']:.2f} (pooled differences {m['r2_pooled_difference']:.2f}, without "
+                f"latents {m['r2_readout_alone']:.2f})")
+
+    def collect(self, model: Policy, loader, batches: int) -> dict:
+        """A loader's distinct labelled pairs whose chunk is whole, as tensors of M rows."""
+        rows, seen = [], set()
+        for batch in loader.peek(batches):
+            places = list(zip(*(batch[name].tolist() for name in ("dataset", "episode", "step"))))
+            new = np.array([place not in seen for place in places])
+            seen.update(places)
+            new &= batch["has_action"] & batch["action_mask"].all(1)
+            tensors = data_oxe.to_device(batch, self.device, loader.image_size)
+            row = {"latent": self.latent(tensors), "readout": self.readout(tensors),
+                   "pooled": PooledDifference()(tensors["frames"])[1].flatten(1),
+                   "chunk": model.normalized(tensors).flatten(1),
+                   "episode": tensors["dataset"] * 1_000_003 + tensors["episode"]}
+            rows.append({name: value[torch.from_numpy(new)] for name, value in row.items()})
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def statistics(loader, how: str, batches: int = 32) -> dict:
@@ -210,64 +304,6 @@ class Trunk(nn.Module):
         return tower.post_layernorm(tower.encoder(inputs_embeds=x).last_hidden_state)
 
 
-class FlowHead(nn.Module):
-    """Flow matching (Lipman et al., 2210.02747) of a flat vector given a condition, with SmolVLA's
-    conventions: x_t = t noise + (1 - t) x, the network predicts noise - x, sampling goes from t = 1
-    to 0 in Euler steps.
-
-    loss(x (B, N), cond (B, W), weight (B, N)) -> scalar; sample(cond, noise (B, N)) -> (B, N)
-    """
-
-    draws = 8               # noise levels a sample: the head is cheap beside the trunk
-
-    def __init__(self, n: int, cond: int, width: int, depth: int, steps: int):
-        super().__init__()
-        self.steps = steps                                                  # Euler steps
-        period = 4e-3 * (4 / 4e-3) ** torch.linspace(0, 1, 32)
-        self.register_buffer("frequency", 2 * math.pi / period, persistent=False)
-        self.input = nn.Linear(n, width)
-        self.time = nn.Linear(64, width)
-        self.cond = nn.Linear(cond, width)
-        self.mod = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(depth))
-        self.mlp = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
-            for _ in range(depth))
-        self.output = nn.Linear(width, n)
-        for layer in [*self.mod, self.output]:              # blocks start as identity, output 0
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x, t, cond):
-        """Velocity (B, N) at x (B, N), t (B,)."""
-        angle = t[:, None] * self.frequency                                         # (B, 32)
-        time = self.time(torch.cat([angle.sin(), angle.cos()], 1))                  # (B, width)
-        c = F.silu(self.cond(cond) + time)
-        h = self.input(x) + c
-        for mod, mlp in zip(self.mod, self.mlp):
-            scale, bias, gate = mod(c).chunk(3, 1)
-            h = h + gate * mlp(F.layer_norm(h, h.shape[-1:]) * (1 + scale) + bias)
-        return self.output(F.layer_norm(h, h.shape[-1:]))
-
-    def loss(self, x, cond, weight):
-        """Mean squared velocity error. t ~ Beta(1.5, 1) as in SmolVLA, then shifted towards noise
-        (SD3, 2403.03206): in many dimensions x_t gives x away unless t is close to 1."""
-        x, cond, weight = (a.repeat(self.draws, 1) for a in (x, cond, weight))
-        t = torch.rand(len(x), device=x.device) ** (1 / 1.5) * 0.999 + 0.001        # by inversion
-        t = 4 * t / (1 + 3 * t)
-        noise = torch.randn_like(x)
-        velocity = self(t[:, None] * noise + (1 - t[:, None]) * x, t, cond)
-        error = (velocity - (noise - x)).square() * weight
-        error = error.sum(1) / weight.sum(1).clamp(min=1)
-        return error.mean()                     # of samples: alike however processes divide them
-
-    def sample(self, cond, noise):
-        x = noise
-        for i in range(self.steps):
-            t = torch.full_like(x[:, 0], 1 - i / self.steps)
-            x = x - self(x, t, cond) / self.steps
-        return x
-
-
 class Tokens:
     """Instructions -> ids, mask int64 (B, L); each sentence is tokenized once."""
 
@@ -291,39 +327,105 @@ class Tokens:
         return x["input_ids"], x["attention_mask"]
 
 
+class KernelRidge:
+    """Ridge regression of y (M, m) on features [x1 (M, n1), ...] with a Gaussian kernel, in closed
+    form: what few labels can say. map(features) -> y; float64.
+
+    Each feature counts by its own mean square. Kernel width and penalty are those of the least
+    error on left-out episodes, which needs no second fit: with G = (K + penalty)^-1 and c = G y,
+    rows o have the residuals G_oo^-1 c_o when they are left out. r2: explained share of the
+    variance of left-out episodes.
+    """
+
+    most = 1536                                                         # rows that it is fitted on
+
+    def __init__(self, features: list, y: torch.Tensor, episode: np.ndarray):
+        rows = np.random.default_rng(0).permutation(len(y))[:self.most]
+        features, y = [x[rows].double() for x in features], y[rows].double()
+        episode = episode[rows]
+        self.center, self.mean = [x.mean(0) for x in features], y.mean(0)
+        self.rows = [x - center for x, center in zip(features, self.center)]
+        self.unit = [x.square().sum(1).mean() + 1e-12 for x in self.rows]
+        members = [torch.from_numpy(np.flatnonzero(episode == e)) for e in np.unique(episode)]
+        best, distance, y = math.inf, self.distance(features), y - self.mean
+        for width in (0.5, 1.0, 2.0):
+            values, vectors = torch.linalg.eigh((-width * distance).exp())
+            projected = vectors.T @ y
+            for penalty in (0.1, 0.3, 1.0):
+                inverse = vectors / (values + penalty)
+                weights, error = inverse @ projected, 0.0
+                for o in members:
+                    residual = torch.linalg.solve(inverse[o] @ vectors[o].T, weights[o])
+                    error += residual.square().sum().item()
+                if error < best:
+                    best, self.width, self.weights = error, width, weights
+        self.r2 = 1 - best / max(y.square().sum().item(), 1e-12)
+
+    def distance(self, features: list) -> torch.Tensor:
+        """Squared, from Q rows to those of the fit, (Q, M)."""
+        total = 0.0
+        for x, center, rows, unit in zip(features, self.center, self.rows, self.unit):
+            total = total + torch.cdist(x.to(rows) - center, rows).square() / unit
+        return total
+
+    def __call__(self, features: list) -> torch.Tensor:
+        return self.mean + (-self.width * self.distance(features)).exp() @ self.weights
+
+
+def r2_of_all(prediction, y, unit) -> float:
+    """Explained share of the variance of y (M, m), its columns in their units (m,)."""
+    left = ((prediction - y) / unit).square().sum()
+    return 1 - (left / ((y - y.mean(0)) / unit).square().sum()).item()
+
+
 # ------------------------------------------------------------ evaluation
-def to_inputs(batch: dict, tokens, device) -> dict:
-    """The loader's batch on the device -> what Policy takes."""
+def to_inputs(batch: dict, model: Policy, tokens, device, decoder: Decoder | None = None) -> dict:
+    """The loader's batch on the device -> what Policy takes. With a decoder it is video: it has no
+    state, all of it counts, and its chunks are decoded."""
     ids, mask = tokens(batch["instruction"], device)
-    same = {k: batch[k] for k in ("state", "actions", "action_mask", "dataset")}
-    return {"images": batch["frames"][:, 0], "ids": ids, "mask": mask, **same}
+    images = data_oxe.resize_to(batch["frames"][:, 0], model.trunk.image_size)
+    inputs = {"images": images, "ids": ids, "mask": mask}
+    if decoder:
+        first = torch.zeros_like(batch["dataset"])                      # (B,)
+        return inputs | {
+            "dataset": first, "state": model.state_offset[first], "chunk": decoder(batch),
+            "weight": torch.ones(len(ids), model.cfg.chunk, device=device),
+            "is_video": torch.ones_like(first, dtype=torch.bool)}
+    return inputs | {
+        "dataset": batch["dataset"], "state": batch["state"], "chunk": model.normalized(batch),
+        "weight": batch["action_mask"].float(),
+        "is_video": torch.zeros_like(batch["dataset"], dtype=torch.bool)}
 
 
 @torch.no_grad()
-def evaluate(model: Policy, cfg: Config, loader, tokens, device) -> dict:
-    """On held-out episodes: flow loss, and mean absolute error of sampled actions beside that of
-    the mean action; errors are of the first dataset, whose units the policy speaks."""
+def evaluate(model: Policy, best: Policy, cfg: Config, loader, tokens, device) -> dict:
+    """On held-out episodes: loss, and mean absolute error of actions beside that of the mean
+    action; errors are of the first dataset, whose units the policy speaks. `best` takes the weights
+    of a model that errs less."""
     model.eval()
     losses, errors, errors_of_mean = [], [], []
-    for i, batch in enumerate(loader.peek(cfg.eval_batches)):
-        torch.manual_seed(i)
-        inputs = to_inputs(data_oxe.to_device(batch, device, loader.image_size), tokens, device)
-        losses.append(model(inputs)["flow"].item())
-        actions = inputs["actions"]                                     # (B, C, A)
-        mask = inputs["action_mask"] & (inputs["dataset"] == 0)[:, None]
-        noise = torch.randn(actions.shape, generator=torch.Generator().manual_seed(i))
-        error = model.act(inputs, noise.to(device)) - actions
+    for batch in loader.peek(cfg.eval_batches):
+        batch = data_oxe.to_device(batch, device, loader.image_size)
+        inputs = to_inputs(batch, model, tokens, device)
+        losses.append(model(inputs)["labelled"].item())
+        actions = batch["actions"]                                      # (B, C, A)
+        mask = batch["action_mask"] & (batch["dataset"] == 0)[:, None]
+        error = model.act(inputs) - actions
         errors.append(error[mask].abs().mean(1).cpu())
         error_of_mean = actions[mask] - actions[mask].mean(0)           # knows the answers' mean
         errors_of_mean.append(error_of_mean.abs().mean(1).cpu())
     model.train()
-    return {"loss": np.mean(losses), "action_error": torch.cat(errors).mean().item(),
+    error = torch.cat(errors).mean().item()
+    if error < best.error:
+        best.load_state_dict(model.state_dict())
+        best.error.fill_(error)
+    return {"loss": np.mean(losses), "action_error": error,
             "action_error_mean_action": torch.cat(errors_of_mean).mean().item()}
 
 
 def describe(m: dict) -> str:
     return (f"held-out action error {m['action_error']:.3f} "
-            f"(mean action {m['action_error_mean_action']:.3f}) | flow loss {m['loss']:.3f}")
+            f"(mean action {m['action_error_mean_action']:.3f}) | loss {m['loss']:.3f}")
 
 
 # ------------------------------------------------------------ main
@@ -333,24 +435,22 @@ def main(cfg: Config) -> int:
     rank, world, device = setup(cfg)
     local = cfg.batch_size // world                                     # samples a process
     micro = cfg.micro_batch or local                                    # samples a forward pass
+    labeller = load_labeller(cfg.laq_ckpt, device) if cfg.laq_ckpt else None
     trunk, tokenizer = load_stage2(cfg, pretraining)
     tokens = Tokens(tokenizer, cfg.text_len)
-    load = partial(data_oxe.Loader, cfg, image_size=trunk.image_size, horizon_s=0.0,
-                   chunk=cfg.chunk)
-    loader = load("train", local, seed=cfg.seed, rank=rank, world=world)
-    val_loader = load("val", 64, seed=1, shuffle_mb=8)
-    widths = {plan.name: len(data_oxe.kinds_of(plan.entry.action)) for plan in loader.plans}
-    if min(widths.values()) < max(1, loader.action_dim):
-        fail(f"a policy learns actions of one width from all of --mix, but these are {widths} wide")
-    stats = statistics(load("train", 64, image_size=0, seed=0, shuffle_mb=8), cfg.normalize)
-
-    torch.manual_seed(cfg.seed)                             # the same head whatever the trunk drew
-    model = Policy(cfg, trunk, stats).to(device)
+    loader = Sources(cfg, trunk.image_size, labeller, local, rank, world)
+    load = partial(data_oxe.Loader, cfg, batch_size=64, image_size=trunk.image_size, horizon_s=0.0,
+                   chunk=cfg.chunk, shuffle_mb=8)
+    val_loader = load("val", seed=1)
+    model = make_model(cfg, trunk, tokens, load("train", seed=0), device)
+    decoder = Decoder(cfg, model, labeller, tokens, device) if labeller else None
+    average, best = copy.deepcopy(model), copy.deepcopy(model)
+    kept = nn.ModuleDict({"model": model, "average": average, "best": best})
     optimizer = make_optimizer(cfg, model)
-    start = load_checkpoint(cfg, model, optimizer, loader, rank, world) if cfg.resume else 0
+    start = load_checkpoint(cfg, kept, optimizer, loader, rank, world) if cfg.resume else 0
     if cfg.export_only:
         if rank == 0:
-            export(model, cfg, start, tokenizer, loader, pretraining)
+            export(best, cfg, start, tokenizer, loader.labelled, pretraining)
         return 0
     train = DDP(model, forward_sync_buffers=False) if world > 1 else model
     train = torch.compile(train) if cfg.compile else train
@@ -358,26 +458,30 @@ def main(cfg: Config) -> int:
     flops = flops_a_sample(model, cfg, device)
     log = Logger(cfg, rank, world, start, flops, device)
     log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
+    if decoder:
+        log.validation(start, decoder.metrics, decoder.describe())
     stop_flag, batches = StopFlag(cfg, device), loader.to(device)
 
     for step in range(start, cfg.steps + 1):                            # one more: evaluates, saves
         stop, last = stop_flag(step), step == cfg.steps
         if not stop and (last or step % cfg.eval_every == 0):
             with log.paused():
-                metrics = evaluate(model, cfg, val_loader, tokens, device)
+                metrics = evaluate(average, best, cfg, val_loader, tokens, device)
             log.validation(step, metrics, describe(metrics))
         if stop or last or (step > start and step % cfg.save_every == 0):
             with log.paused():
                 log.check_gradients()
-                save_checkpoint(cfg, step, model, optimizer, loader)
+                save_checkpoint(cfg, step, kept, optimizer, loader)
         if stop or last:
             break
 
         start_step(cfg, step, optimizer, rank, world)                   # learning rate, randomness
         with log.waiting():
-            batch = next(batches)
-        means = {}
-        for piece, share, is_last in pieces(to_inputs(batch, tokens, device), micro):
+            sources = next(batches)
+        means, kinds = {}, zip(sources, (None, decoder))                # labelled, video
+        inputs = [to_inputs(batch, model, tokens, device, how) for batch, how in kinds]
+        inputs = {name: torch.cat([x[name] for x in inputs]) for name in inputs[0]}
+        for piece, share, is_last in pieces(inputs, micro):
             train.require_backward_grad_sync = is_last                  # DDP: average once a step
             with amp:
                 parts = train(piece)
@@ -388,17 +492,98 @@ def main(cfg: Config) -> int:
         means["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        log.step(step, means, batch)
+        follow(average, model, step)
+        log.step(step, means, sources[0])
 
     if rank == 0 and not stop:
-        export(model, cfg, cfg.steps, tokenizer, loader, pretraining)
+        export(best, cfg, cfg.steps, tokenizer, loader.labelled, pretraining)
         log.print(f"policy: {cfg.out}/policy")
     return log.close(stop)
 
 
 # ------------------------------------------------------------ a reader may stop here
+def make_model(cfg: Config, trunk: Trunk, tokens, loader, device) -> Policy:
+    """A policy in the units of a loader's episodes, whose read-out is in closed form."""
+    torch.manual_seed(cfg.seed)                             # the same head whatever the trunk drew
+    model = Policy(cfg, trunk, statistics(loader, cfg.normalize)).to(device)
+    batches = (data_oxe.to_device(batch, device, loader.image_size)
+               for batch in loader.peek(cfg.eval_batches))
+    start_at_closed_form(model, [to_inputs(batch, model, tokens, device) for batch in batches])
+    return model
+
+
+@torch.no_grad()
+def start_at_closed_form(model: Policy, batches: list[dict], penalty: float = 0.1):
+    """Sets the linear read-out to the ridge regression of the labelled chunks on the features, so
+    that iteration 0 acts already."""
+    x = torch.cat([model.features(batch) for batch in batches]).double()            # (M, W)
+    y = torch.cat([batch["chunk"].flatten(1) for batch in batches]).double()
+    weight = torch.cat([batch["weight"].mean(1, keepdim=True) for batch in batches]).double()
+    total = weight.sum()
+    center, mean = (weight * x).sum(0) / total, (weight * y).sum(0) / total
+    x, y = x - center, y - mean
+    scale = (weight * x.square()).sum(0).div(total).sqrt()
+    scale = scale.clamp(min=0.01 * scale.mean().item() + 1e-8)
+    x = x / scale
+    gram = x.T @ (weight * x) / total + penalty * torch.eye(len(scale)).to(x)
+    slope = torch.linalg.solve(gram, x.T @ (weight * y) / total) / scale[:, None]
+    model.linear.weight.copy_(slope.T)
+    model.linear.bias.copy_(mean - center @ slope)
+
+
+@torch.no_grad()
+def follow(average: Policy, model: Policy, step: int):
+    """The average's weights follow the model's: of ten steps at first, later of a hundred."""
+    decay = min(0.99, (step + 1) / (step + 10))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+class Sources:
+    """The labelled episodes and, with a labeller, the video: iterates over [batch, batch]."""
+
+    def __init__(self, cfg: Config, image_size: int, labeller, local: int, rank: int, world: int):
+        video = round(cfg.video_share * local) if labeller else 0
+        if labeller and not 0 < video < local:
+            fail(f"--video-share {cfg.video_share} of {local} samples a process is {video} of "
+                 f"video; both kinds need one")
+        load = partial(data_oxe.Loader, split="train", chunk=cfg.chunk, seed=cfg.seed, rank=rank,
+                       world=world)
+        self.labelled = load(cfg, batch_size=local - video, image_size=image_size, horizon_s=0.0)
+        self.loaders = [self.labelled]
+        widths = {plan.name: len(data_oxe.kinds_of(plan.entry.action))
+                  for plan in self.labelled.plans}
+        if min(widths.values()) < max(1, self.labelled.action_dim):
+            fail(f"a policy learns actions of one width from all of --mix, but these are {widths} "
+                 f"wide")
+        if labeller:
+            every = replace(cfg, mix=cfg.video or cfg.mix, episodes_per_task=0)
+            self.loaders.append(load(every, batch_size=video,
+                                     image_size=max(image_size, labeller.image_size),
+                                     horizon_s=labeller.manifest["config"]["horizon_s"]))
+            labeller.check(every, self.loaders[1])
+
+    def to(self, device):
+        return zip(*(loader.to(device) for loader in self.loaders))
+
+    def summary(self) -> str:
+        names = "labelled", "video"
+        return "\n".join(f"{name}: {x.summary()}" for name, x in zip(names, self.loaders))
+
+    def state_dict(self) -> list:
+        return [loader.state_dict() for loader in self.loaders]
+
+    def load_state_dict(self, states: list):
+        for loader, state in zip(self.loaders, states):
+            loader.load_state_dict(state)
+
+
 def check(cfg: Config, pretraining: dict):
-    """Fills in learning rate and warm-up: a large trunk wants a tenth of tiny's rate."""
+    """Fills in learning rate and warm-up: a large trunk wants a tenth of tiny's rate. Exits where
+    settings do not go together."""
+    if cfg.laq_ckpt == "pooled" and cfg.targets == "codes":
+        fail("--laq-ckpt pooled has no codes; give --targets vectors")
+    if cfg.video and not cfg.laq_ckpt:
+        fail(f"--video '{cfg.video}' needs --laq-ckpt, which decodes its actions")
     tiny = pretraining.get("trunk", cfg.trunk) == "tiny"
     if cfg.lr is None:
         cfg.lr = 1e-3 if tiny else 1e-4
@@ -408,10 +593,10 @@ def check(cfg: Config, pretraining: dict):
 
 def flops_a_sample(model: Policy, cfg: Config, device) -> int:
     """Of forward and backward."""
-    images, state, ids, mask, actions = example_of(model, cfg, device)
-    inputs = {"images": images, "state": state, "ids": ids, "mask": mask, "actions": actions,
-              "action_mask": torch.ones(2, cfg.chunk, dtype=torch.bool, device=device),
-              "dataset": torch.zeros_like(ids[:, 0])}
+    images, state, ids, mask, chunk = example_of(model, cfg, device)
+    yes = torch.ones_like(ids[:, 0], dtype=torch.bool)
+    inputs = {"images": images, "state": state, "ids": ids, "mask": mask, "chunk": chunk,
+              "weight": chunk[..., 0], "is_video": yes, "dataset": torch.zeros_like(ids[:, 0])}
     return flops_of(model, lambda: model(inputs)) // 2
 
 
@@ -426,6 +611,178 @@ def example_of(model: Policy, cfg: Config, device="cpu") -> tuple:
 
 
 # ------------------------------------------------------------ hand-over files
+class Labeller:
+    """laq.pt2. labeller(frames uint8 (B, 2, H, H, 3)) -> codes int64 (B, S), unquantized latents
+    float32 (B, S, D), in full float32; a file of schema laq.v1 has the codes' vectors instead.
+
+    image_size: what it was trained on; codebook (S, K, D); manifest.
+    """
+
+    def __init__(self, program, manifest: dict, codebook: torch.Tensor):
+        self.program, self.manifest, self.codebook = program, manifest, codebook
+        self.image_size = manifest["image_size"]
+
+    def __call__(self, frames):
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")                   # near codes differ little
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            codes, *_, latents = self.program(data_oxe.resize_to(frames, self.image_size))
+        torch.set_float32_matmul_precision(precision)
+        return codes, latents
+
+    def lookup(self, codes):
+        """The vectors of codes (B, S), (B, S, D)."""
+        token = torch.arange(codes.shape[1], device=codes.device)
+        return self.codebook.to(codes.device)[token, codes]
+
+    def check(self, cfg, loader):
+        """Exits where it labels other pairs than the loader gives; warns where validation may hold
+        what it was trained on."""
+        mine, its = loader.horizon, self.manifest["horizon"]
+        for name in mine.keys() & its.keys():
+            if mine[name] != its[name]:
+                fail(f"'{cfg.laq_ckpt}' labels pairs of '{name}' that are {its[name]} apart; the "
+                     f"registry now says {mine[name]}")
+        warn_of_holdout(cfg, self.manifest["config"], cfg.laq_ckpt)
+
+
+class PooledDifference(Labeller):
+    """'pooled' in place of a file: the difference of the frames in 8x8 cells, 192 numbers of which
+    nothing is learned. A control; it has no codes."""
+
+    def __init__(self):
+        manifest = {"schema": "pooled", "image_size": 64, "horizon": {},
+                    "config": {"horizon_s": None}}
+        super().__init__(None, manifest, None)
+
+    def __call__(self, frames):
+        frames = data_oxe.resize_to(frames, self.image_size).permute(0, 1, 4, 2, 3).float() / 255
+        cells = F.adaptive_avg_pool2d(frames[:, 1] - frames[:, 0], 8)   # (B, 3, 8, 8)
+        return None, cells.flatten(1)[:, None]
+
+    def check(self, cfg, loader):
+        """There is nothing that could not fit."""
+
+
+def load_labeller(path: str, device: torch.device) -> Labeller:
+    """Exits where the file does not fit its manifest, or the stored probe frames do not give the
+    stored codes."""
+    if path == "pooled":
+        return PooledDifference()
+    if not Path(path).is_file():
+        fail(f"no labeller at --laq-ckpt '{path}'; laq.py writes OUT/laq.pt2, 'pooled' needs no "
+             f"file")
+    program, extra = open_program(path)
+    try:
+        manifest = json.loads(extra["manifest.json"])
+        tensors = safetensors_load(base64.b64decode(extra["tensors.safetensors.b64"]))
+        if manifest["schema"] not in ("laq.v1", "laq.v2"):
+            fail(f"'{path}': schema is {manifest['schema']!r}, expected 'laq.v2'")
+        manifest["image_size"], manifest["horizon"], manifest["config"]["horizon_s"]
+        probe, probe_codes = tensors["probe_frames"], tensors["probe_codes"]
+        shape = tuple(manifest[k] for k in ("tokens", "codes", "code_dim"))
+        if tuple(tensors["codebook"].shape) != shape:
+            fail(f"'{path}': codebook is {tuple(tensors['codebook'].shape)}, its manifest says "
+                 f"{shape}")
+    except (KeyError, ValueError, SafetensorError) as error:
+        fail(f"'{path}' is damaged or no labeller ({type(error).__name__}: {error})")
+    if device.type != "cpu":
+        program = move_to_device_pass(program, str(device))
+    labeller = Labeller(program.module(), manifest, tensors["codebook"])
+    if device.type != "meta":                                           # which computes nothing
+        codes = labeller(probe.to(device))[0].cpu()
+        if not torch.equal(codes, probe_codes):
+            fail(f"'{path}': the probe frames give codes {codes.tolist()}, expected "
+                 f"{probe_codes.tolist()}")
+    return labeller
+
+
+# All that an archive by laq.py or finetune.py may hold: its members, its operators (a model of your
+# own may need others: add them) and, by the name of their field, the texts of its JSON, of which
+# torch evaluates some.
+MEMBERS = (r"data/weights/(weight_\d+|model_weights_config\.json)"
+           r"|data/constants/(tensor_\d+|model_constants_config\.json)"
+           r"|data/sample_inputs/model\.pt|models/model\.json|extra/[\w.]+"
+           r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id)")
+OPERATORS = """
+    __and__ _assert_tensor_metadata abs adaptive_avg_pool2d add addmm all amax amin any arange
+    argmax argmin avg_pool2d batch_norm bmm bucketize cat chunk clamp concat contiguous conv2d
+    cos cumsum detach div dropout einsum elu embedding eq erf exp expand flatten floor full
+    full_like gather ge gelu group_norm gt index index_select layer_norm le leaky_relu linear
+    log log_softmax logical_and logical_not lt masked_fill matmul max max_pool2d maximum mean
+    min minimum mul nan_to_num ne neg new_ones one_hot ones pad permute pixel_shuffle
+    pixel_unshuffle pow reciprocal relu repeat reshape rms_norm roll round rsqrt
+    scaled_dot_product_attention select sigmoid sign silu sin slice softmax split sqrt square
+    squeeze stack std sub sum sym_size tanh tile to topk transpose tril triu unbind unflatten
+    unsqueeze upsample_bilinear2d upsample_nearest2d var view view_as where zeros zeros_like"""
+SYMBOL = r"Symbol\('s\d+', positive=True, integer=True\)"
+SIZE = r"L\['\w+'\]\.size\(\)\[\d+\]"
+TREE = r'([\[\]{}:, 1]|null|"(type|context|children_spec|builtins\.(tuple|dict)|null|\[\])")*'
+DOTTED = ("key", "fqn", "parameter_name", "buffer_name", "torch_version")
+COMMENTS = ("stack_trace", "nn_module_stack", "torch_fn")
+TEXTS = {"target": rf"torch\.ops\.aten\.({'|'.join(OPERATORS.split())})\.[A-Za-z]\w*",
+         "expr_str": rf"{SYMBOL}|Mul\(Integer\(\d+\), {SYMBOL}\)",
+         "guards_code": f"{SIZE} == {SIZE}",
+         "in_spec": TREE, "out_spec": TREE,
+         "path_name": r"(weight|tensor)_\d+",
+         "as_string": r"[\w,>-]*",                              # 'tanh', einsum's 'bsd,skd->bsk'
+         **dict.fromkeys(DOTTED, r"[\w.+]*"), **dict.fromkeys(COMMENTS, r"(?s:.*)")}
+
+
+def texts(part, field: str = ""):
+    """All texts of parsed JSON, each with the name of its field; that name comes as a "key"."""
+    if isinstance(part, dict):
+        for name, value in part.items():
+            yield "key", name
+            yield from texts(value, name)
+    elif isinstance(part, list):
+        for value in part:
+            yield from texts(value, field)
+    elif isinstance(part, str):
+        yield field, part
+
+
+def foreign(archive):
+    """What an archive holds and no export of this project does."""
+    members = archive.get_file_names()
+    yield from (f"member {n[:80]!r}" for n in members if not re.fullmatch(MEMBERS, n, re.ASCII))
+    if archive.read_bytes("data/sample_inputs/model.pt"):
+        yield "pickled inputs in 'data/sample_inputs/model.pt'"
+    for member in members:
+        if not member.endswith(".json") or member.startswith("extra/"):
+            continue
+        content = json.loads(archive.read_string(member))
+        for name, payload in content.get("config", {}).items():
+            if payload["use_pickle"] is not False:
+                yield f"pickled {name[:80]!r} in '{member}'"
+        for field, text in texts(content):
+            if not re.fullmatch(TEXTS.get(field, r"\w*"), text, re.ASCII):
+                yield f"{field} {text[:80]!r} in '{member}'"
+
+
+def open_program(path):
+    """laq.pt2 or policy.pt2 -> (ExportedProgram, {name: text} of its extra files), or exits.
+
+    The bytes that are loaded are those that were checked. Promised: no pickle and no library of the
+    file is loaded, of its text only names and sizes become code, and the program has no operators
+    but those above. Not promised: that torch, which parses it, has no faults; that the program is
+    small, ends, or does what its author says. A .pt2 is a program: load only what you trust.
+    """
+    from torch.export.pt2_archive import PT2ArchiveReader
+    from torch.export.pt2_archive._package import load_pt2     # export.load also tries old layouts
+    try:
+        data = Path(path).read_bytes()
+        found = next(foreign(PT2ArchiveReader(io.BytesIO(data))), None)
+        if found is None:
+            contents = load_pt2(io.BytesIO(data))
+            return contents.exported_programs["model"], contents.extra_files
+        reason = f"holds {found}"
+    except Exception as e:                                      # the readers fail in many ways
+        reason = f"cannot be read ({type(e).__name__}: {str(e).partition(chr(10))[0][:200]})"
+    fail(f"'{path}' {reason}; load only files you trust, "
+         f"or export it again with this project's scripts")
+
+
 def read_stage2(cfg: Config) -> dict:
     """The manifest of --init; exits where the folder does not fit. 'none': {}"""
     if cfg.init == "none":
@@ -514,7 +871,7 @@ def publish(unfinished: Path, final: Path):
 
 
 class Program(nn.Module):
-    """What is exported: (images, state, ids, mask, noise) -> actions."""
+    """What is exported: (images, state, ids, mask, noise) -> actions. This head needs no noise."""
 
     def __init__(self, policy: Policy):
         super().__init__()
@@ -522,7 +879,7 @@ class Program(nn.Module):
 
     def forward(self, images, state, ids, mask, noise):
         batch = {"images": images, "state": state, "ids": ids, "mask": mask}
-        return self.policy.act(batch, noise)
+        return self.policy.act(batch)
 
 
 @torch.no_grad()

@@ -1074,15 +1074,17 @@ def flops_a_sample(model: LAQ, cfg: Config, device) -> int:
 
 # ------------------------------------------------------------ hand-over files
 class Labeller(nn.Module):
-    """What is exported: frames uint8 (B, 2, H, W, 3) -> codes int64 (B, S), vectors float32
-    (B, S, D)."""
+    """What is exported: frames uint8 (B, 2, H, W, 3) -> codes int64 (B, S), their vectors float32
+    (B, S, D), and the unquantized latents float32 (B, S, D), which say more."""
 
     def __init__(self, model: LAQ):
         super().__init__()
         self.model = model
 
     def forward(self, frames):
-        return self.model.encode(frames)
+        latents = self.model.outputs(frames)                            # (B, S, D)
+        codes = self.model.quantizer.codes(latents)
+        return codes, self.model.quantizer.lookup(codes), latents
 
 
 @torch.no_grad()
@@ -1096,7 +1098,7 @@ def export(model: LAQ, cfg: Config, step: int, loader):
     batch = torch.export.Dim("B", min=1, max=65536)
     program = torch.export.export(labeller, (probe,), dynamic_shapes=({0: batch},))
     program.example_inputs = None                                       # would be stored as pickle
-    manifest = {"schema": "laq.v1", "tokens": cfg.tokens, "codes": cfg.codes,
+    manifest = {"schema": "laq.v2", "tokens": cfg.tokens, "codes": cfg.codes,
                 "code_dim": cfg.code_dim, "image_size": cfg.image_size, "horizon": loader.horizon,
                 "mix": cfg.mix, "step": step, "config": asdict(cfg), "torch": torch.__version__}
     tensors = {"codebook": labeller.model.quantizer.codebook(), "probe_frames": probe,

@@ -32,7 +32,7 @@ import signal
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -63,8 +63,14 @@ class Config(data_oxe.DataConfig):
     out: str = "runs/vla"                   # checkpoints, metrics, hand-over files
     overwrite: bool = False                 # start anew in an OUT that holds a run or its files
 
+    # what is predicted
+    mode: Literal["latents", "actions"] = "latents"     # or the oracle: true actions of all video
+    laq_ckpt: str = "runs/laq/laq.pt2"      # laq.py's labeller, or 'pooled': nothing learned
+    targets: Literal["codes", "vectors"] = "codes"      # latents: of the codes, or unquantized
+    null: Literal["", "permuted", "frame"] = ""     # control: other pairs' latents, or still pairs'
+    chunk: int = 8                          # C, actions predicted at once; probes read as many
+
     # model
-    laq_ckpt: str = "runs/laq/laq.pt2"      # labeller that laq.py exported
     trunk: str = "tiny"                     # 'tiny' (random, 64 px), or a SmolVLM2 name or folder
     text_layers: int = 16                   # of the language model that are kept, as in SmolVLA
     text_len: int = 32                      # instruction tokens; longer ones are cut
@@ -96,31 +102,83 @@ class Config(data_oxe.DataConfig):
 
 # ------------------------------------------------------------ model and loss
 class LatentPolicy(nn.Module):
-    """Trunk and latent head.
+    """Trunk and a head that predicts a target: codes, vectors or actions.
 
-    forward(batch of to_inputs) -> losses by name; predict(batch, noise) -> codes int64 (B, S)
+    forward(batch of to_inputs) -> losses by name; predict(batch) -> readout (B, W), the expected
+    target (B, N)
     """
 
-    def __init__(self, cfg: Config, trunk: "Trunk", codebook: torch.Tensor):
+    def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module):
         super().__init__()
-        self.cfg, self.trunk = cfg, trunk
+        self.trunk, self.target = trunk, target
+        self.head = FlowHead(target.width, trunk.width, cfg.head_width, cfg.head_depth, steps=1)
+
+    def forward(self, batch: dict) -> dict:
+        target, weight = self.target(batch)                             # (B, N) each
+        readout = self.trunk(batch["images"], batch["ids"], batch["mask"])          # (B, W)
+        return {"flow": self.head.loss(target, readout, weight)}
+
+    def predict(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a flow from noise to targets, one Euler step from its middle gives their mean."""
+        readout = self.trunk(batch["images"], batch["ids"], batch["mask"])          # (B, W)
+        noise = readout.new_zeros(len(readout), self.target.width)
+        return readout, self.head.sample(readout, noise)
+
+
+class Codes(nn.Module):
+    """Target: the whitened vectors of a pair's codes. batch -> target (B, N), weight (B, N)"""
+
+    def __init__(self, codebook: torch.Tensor):
+        super().__init__()
         self.register_buffer("codebook", codebook)                      # (S, K, D)
         self.register_buffer("latents", whiten(codebook))               # (S, K, R)
         self.S, _, self.R = self.latents.shape
-        self.head = FlowHead(self.S * self.R, trunk.width, cfg.head_width, cfg.head_depth, steps=1)
+        self.width = self.S * self.R                                    # N
 
-    def forward(self, batch: dict) -> dict:
+    def forward(self, batch: dict):
         token = torch.arange(self.S, device=self.latents.device)
-        latent = self.latents[token, batch["codes"]].flatten(1)         # (B, S*R)
-        readout = self.trunk(batch["images"], batch["ids"], batch["mask"])          # (B, W)
-        return {"flow": self.head.loss(latent, readout, torch.ones_like(latent))}
+        target = self.latents[token, batch["codes"]].flatten(1)
+        return target, torch.ones_like(target)
 
-    def predict(self, batch: dict, noise):
-        """Codes nearest to the expected latent, which is one Euler step away from the noise
-        (B, S*R)."""
-        readout = self.trunk(batch["images"], batch["ids"], batch["mask"])          # (B, W)
-        latent = self.head.sample(readout, noise).view(-1, self.S, 1, self.R)
-        return (latent - self.latents).square().sum(-1).argmin(-1)      # (B, S)
+    def nearest(self, prediction):
+        """(B, N) -> codes int64 (B, S)"""
+        latent = prediction.view(-1, self.S, 1, self.R)
+        return (latent - self.latents).square().sum(-1).argmin(-1)
+
+
+class Vectors(nn.Module):
+    """Target: the principal components of a pair's unquantized latents, all in one unit, so that
+    what hardly varies hardly counts."""
+
+    def __init__(self, latents: torch.Tensor, width: int = 64):
+        """latents (M, S*D): a sample."""
+        super().__init__()
+        center = latents.mean(0)
+        _, _, basis = torch.linalg.svd(latents - center, full_matrices=False)
+        basis = basis[:width].T                                         # (S*D, N)
+        self.width = basis.shape[1]
+        self.register_buffer("center", center)
+        self.register_buffer("basis", basis / ((latents - center) @ basis).std())
+
+    def forward(self, batch: dict):
+        target = (batch["latents"].flatten(1) - self.center) @ self.basis
+        return target, torch.ones_like(target)
+
+
+class Actions(nn.Module):
+    """Target: the true action chunk, in units of each dataset's deviation."""
+
+    def __init__(self, stats: dict, chunk: int):
+        super().__init__()
+        self.register_buffer("offset", stats["action_offset"])          # (datasets, A)
+        self.register_buffer("scale", stats["action_scale"])
+        self.width = chunk * self.offset.shape[1]                       # N
+
+    def forward(self, batch: dict):
+        offset, scale = (x[batch["dataset"], None] for x in (self.offset, self.scale))
+        target = (batch["actions"] - offset) / scale                    # (B, C, A)
+        weight = batch["action_mask"][..., None].expand_as(target).float()
+        return target.flatten(1), weight.flatten(1)
 
 
 def whiten(codebook: torch.Tensor) -> torch.Tensor:
@@ -135,6 +193,37 @@ def whiten(codebook: torch.Tensor) -> torch.Tensor:
     u, s, _ = torch.linalg.svd(centered, full_matrices=False)
     u = u * (s > 1e-4 * s[:, :1])[:, None]                  # equal codes: directions of no meaning
     return u[..., :min(K - 1, D)] * K ** 0.5
+
+
+def statistics(loader, how: str, batches: int = 32) -> dict:
+    """Offset and scale of actions and state from the labelled episodes that a loader reads, a row a
+    dataset: {'action_offset': (datasets, A), ...}."""
+    rows = list(loader.peek(batches))
+    names = "action_offset", "action_scale", "state_offset", "state_scale"
+    table = {name: [] for name in names}
+    for i, name in enumerate(loader.names):
+        mine = [batch["dataset"] == i for batch in rows]
+        if not any(x.any() for x in mine):
+            fail(f"none of the first {sum(map(len, mine))} samples is of dataset '{name}', so its "
+                 f"actions have no scale; give it a larger share of --mix")
+        actions = [b["actions"][x][b["action_mask"][x]] for b, x in zip(rows, mine)]
+        state = [b["state"][x] for b, x in zip(rows, mine)]
+        for what, values in (("action", actions), ("state", state)):
+            offset, scale = normalization(np.concatenate(values), how)
+            table[f"{what}_offset"].append(offset)
+            table[f"{what}_scale"].append(scale)
+    return {name: torch.tensor(np.stack(values), dtype=torch.float32)
+            for name, values in table.items()}
+
+
+def normalization(x: np.ndarray, how: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of samples (N, n): offset and scale (n,) that take them to about -1..1."""
+    if how == "quantile":
+        low, high = np.quantile(x, [0.01, 0.99], axis=0)
+        offset, scale = (low + high) / 2, (high - low) / 2
+    else:
+        offset, scale = x.mean(0), x.std(0)
+    return offset, np.where(scale < 1e-4, 1.0, scale)                   # a constant stays one
 
 
 class Trunk(nn.Module):
@@ -261,41 +350,164 @@ class Tokens:
 
 # ------------------------------------------------------------ evaluation
 @torch.no_grad()
-def to_inputs(batch: dict, labeller, trunk: Trunk, tokens, device) -> dict:
-    """The loader's batch on the device -> images, ids, mask and the labeller's codes (B, S)."""
+def to_inputs(batch: dict, cfg: Config, labeller, trunk: Trunk, tokens, device) -> dict:
+    """The loader's batch on the device -> images, ids, mask, and what the target is made of."""
     frames = batch["frames"]                                            # (B, 2, H, H, 3)
     ids, mask = tokens(batch["instruction"], device)
-    return {"images": data_oxe.resize_to(frames[:, 0], trunk.image_size), "ids": ids, "mask": mask,
-            "codes": labeller(frames)}
+    inputs = {"images": data_oxe.resize_to(frames[:, 0], trunk.image_size), "ids": ids,
+              "mask": mask}
+    if cfg.mode == "actions":
+        return inputs | {k: batch[k] for k in ("actions", "action_mask", "dataset")}
+    if cfg.null == "frame":
+        frames = torch.stack([frames[:, 0], frames[:, 0]], 1)
+    codes, latents = labeller(frames)                                   # (B, S), (B, S, D)
+    if cfg.null == "permuted":
+        codes, latents = codes.roll(1, 0), latents.roll(1, 0)           # of the batch's pairs
+    return inputs | ({"codes": codes} if cfg.targets == "codes" else {"latents": latents})
 
 
 @torch.no_grad()
-def evaluate(model: LatentPolicy, cfg: Config, loader, labeller, tokens, device) -> dict:
-    """On held-out episodes: flow loss, accuracy of the nearest codes, and that of the most frequent
-    code."""
+def collect(model: LatentPolicy, cfg: Config, loader, inputs_of) -> dict:
+    """Of a loader's first batches, arrays of M rows: readout (M, W), prediction and target (M, N),
+    codes and those nearest to the prediction (M, S), actions (M, C*A), `whole`: none of these is
+    past the end."""
+    rows = []
     model.eval()
-    losses, predicted, truth = [], [], []
     for i, batch in enumerate(loader.peek(cfg.eval_batches)):
         torch.manual_seed(i)
-        batch = data_oxe.to_device(batch, device, loader.image_size)
-        inputs = to_inputs(batch, labeller, model.trunk, tokens, device)
-        losses.append(model(inputs)["flow"].item())
-        noise = torch.randn(len(inputs["ids"]), model.S * model.R,
-                            generator=torch.Generator().manual_seed(0))
-        predicted.append(model.predict(inputs, noise.to(device)).cpu().numpy())
-        truth.append(inputs["codes"].cpu().numpy())
+        device = next(model.parameters()).device
+        inputs = inputs_of(data_oxe.to_device(batch, device, loader.image_size))
+        target, weight = model.target(inputs)
+        readout, prediction = model.predict(inputs)
+        loss = model.head.loss(target, readout, weight)
+        row = {"readout": readout, "prediction": prediction, "target": target,
+               "loss": loss.expand(len(target))}
+        if "codes" in inputs:
+            row |= {"codes": inputs["codes"], "nearest": model.target.nearest(prediction)}
+        row = {name: value.cpu().numpy() for name, value in row.items()}
+        whole = batch["has_action"] & batch["action_mask"].all(1)
+        row |= {"actions": batch["actions"].reshape(len(whole), -1), "whole": whole,
+                "instruction": np.array(batch["instruction"], object),
+                "dataset": batch["dataset"], "episode": batch["episode"]}
+        rows.append(row)
     model.train()
-    predicted, truth = np.concatenate(predicted), np.concatenate(truth)             # (N, S)
-    right = predicted == truth
-    majority = [np.bincount(codes).max() / len(codes) for codes in truth.T]         # knows counts
-    return {"loss": np.mean(losses), "accuracy": right.mean(),
-            "accuracy_majority": np.mean(majority), "accuracy_all_tokens": right.all(1).mean()}
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def evaluate(model: LatentPolicy, cfg: Config, val_loader, fit_loader, inputs_of) -> dict:
+    """On held-out episodes: flow loss, explained share of the target's variance; for codes the
+    accuracy of those nearest to the expected latent beside that of the most frequent code; and
+    what the trunk knows about actions, where a dataset has them: R2 of a kernel ridge from the
+    prediction and from the readout to action chunks, fitted on 2 training episodes a task and on
+    as many as eval_batches hold."""
+    val = collect(model, cfg, val_loader, inputs_of)
+    error = (val["prediction"] - val["target"]) ** 2
+    metrics = {"loss": val["loss"].mean(),
+               "target_r2": 1 - error.mean() / val["target"].var(0).mean().clip(1e-12)}
+    if "codes" in val:
+        right = val["nearest"] == val["codes"]                          # (M, S)
+        majority = [np.bincount(c).max() / len(c) for c in val["codes"].T]          # knows counts
+        metrics |= {"accuracy": right.mean(), "accuracy_majority": np.mean(majority),
+                    "accuracy_all_tokens": right.all(1).mean()}
+    if val["whole"].any():
+        fit = collect(model, cfg, fit_loader, inputs_of)
+        few = {name: value[first_episodes(fit)] for name, value in fit.items()}
+        for name, rows in {"few": few, "many": fit}.items():
+            for feature in ("prediction", "readout"):
+                if (value := action_r2(rows, val, feature)) is not None:
+                    metrics[f"action_r2_{name}_{feature}"] = value
+    return metrics
+
+
+def first_episodes(rows: dict, number: int = 2) -> np.ndarray:
+    """Which of M rows, bool (M,), are of the first labelled episodes of their instruction."""
+    chosen = {}
+    for row in zip(rows["dataset"], rows["instruction"], rows["episode"], rows["whole"]):
+        *task, episode, whole = row
+        episodes = chosen.setdefault(tuple(task), [])
+        if whole and episode not in episodes and len(episodes) < number:
+            episodes.append(episode)
+    return np.array([e in chosen[d, text] for d, text, e in
+                     zip(rows["dataset"], rows["instruction"], rows["episode"])])
+
+
+def action_r2(fit: dict, val: dict, feature: str) -> float | None:
+    """Held-out R2 of action chunks read from a feature: the mean over datasets; None where none has
+    labelled rows of two episodes."""
+    each = []
+    for i in np.unique(val["dataset"]):
+        mine, its = ((x["dataset"] == i) & x["whole"] for x in (fit, val))
+        if min(mine.sum(), its.sum()) < 16 or len(np.unique(fit["episode"][mine])) < 2:
+            continue
+        x, y = (torch.from_numpy(fit[name][mine]) for name in (feature, "actions"))
+        x_val, y_val = (torch.from_numpy(val[name][its]) for name in (feature, "actions"))
+        prediction = KernelRidge([x], y, fit["episode"][mine])([x_val])
+        each.append(r2_of_all(prediction, y_val, y.std(0).clamp(min=1e-3)))
+    return float(np.mean(each)) if each else None
+
+
+class KernelRidge:
+    """Ridge regression of y (M, m) on features [x1 (M, n1), ...] with a Gaussian kernel, in closed
+    form: what few labels can say. map(features) -> y; float64.
+
+    Each feature counts by its own mean square. Kernel width and penalty are those of the least
+    error on left-out episodes, which needs no second fit: with G = (K + penalty)^-1 and c = G y,
+    rows o have the residuals G_oo^-1 c_o when they are left out. r2: explained share of the
+    variance of left-out episodes.
+    """
+
+    most = 1536                                                         # rows that it is fitted on
+
+    def __init__(self, features: list, y: torch.Tensor, episode: np.ndarray):
+        rows = np.random.default_rng(0).permutation(len(y))[:self.most]
+        features, y = [x[rows].double() for x in features], y[rows].double()
+        episode = episode[rows]
+        self.center, self.mean = [x.mean(0) for x in features], y.mean(0)
+        self.rows = [x - center for x, center in zip(features, self.center)]
+        self.unit = [x.square().sum(1).mean() + 1e-12 for x in self.rows]
+        members = [torch.from_numpy(np.flatnonzero(episode == e)) for e in np.unique(episode)]
+        best, distance, y = math.inf, self.distance(features), y - self.mean
+        for width in (0.5, 1.0, 2.0):
+            values, vectors = torch.linalg.eigh((-width * distance).exp())
+            projected = vectors.T @ y
+            for penalty in (0.1, 0.3, 1.0):
+                inverse = vectors / (values + penalty)
+                weights, error = inverse @ projected, 0.0
+                for o in members:
+                    residual = torch.linalg.solve(inverse[o] @ vectors[o].T, weights[o])
+                    error += residual.square().sum().item()
+                if error < best:
+                    best, self.width, self.weights = error, width, weights
+        self.r2 = 1 - best / max(y.square().sum().item(), 1e-12)
+
+    def distance(self, features: list) -> torch.Tensor:
+        """Squared, from Q rows to those of the fit, (Q, M)."""
+        total = 0.0
+        for x, center, rows, unit in zip(features, self.center, self.rows, self.unit):
+            total = total + torch.cdist(x.to(rows) - center, rows).square() / unit
+        return total
+
+    def __call__(self, features: list) -> torch.Tensor:
+        return self.mean + (-self.width * self.distance(features)).exp() @ self.weights
+
+
+def r2_of_all(prediction, y, unit) -> float:
+    """Explained share of the variance of y (M, m), its columns in their units (m,)."""
+    left = ((prediction - y) / unit).square().sum()
+    return 1 - (left / ((y - y.mean(0)) / unit).square().sum()).item()
 
 
 def describe(m: dict) -> str:
-    return (f"nearest-code accuracy {m['accuracy']:.3f} "
-            f"(majority code {m['accuracy_majority']:.3f}), "
-            f"all tokens {m['accuracy_all_tokens']:.3f} | flow loss {m['loss']:.3f}")
+    text = f"R2 of the target {m['target_r2']:.2f} | flow loss {m['loss']:.3f}"
+    if "accuracy" in m:
+        text = (f"nearest-code accuracy {m['accuracy']:.3f} "
+                f"(majority code {m['accuracy_majority']:.3f}), "
+                f"all tokens {m['accuracy_all_tokens']:.3f} | {text}")
+    for name, labels in {"few": "2 episodes a task", "many": "many"}.items():
+        if f"action_r2_{name}_readout" in m:
+            text += (f" | actions from {labels}: R2 {m[f'action_r2_{name}_prediction']:.2f} by "
+                     f"prediction, {m[f'action_r2_{name}_readout']:.2f} by readout")
+    return text
 
 
 # ------------------------------------------------------------ main
@@ -304,21 +516,24 @@ def main(cfg: Config) -> int:
     rank, world, device = setup(cfg)
     local = cfg.batch_size // world                                     # samples a process
     micro = cfg.micro_batch or local                                    # samples a forward pass
-    labeller = load_labeller(cfg.laq_ckpt, device)
+    labeller = load_labeller(cfg.laq_ckpt, device) if cfg.mode == "latents" else PooledDifference()
     trunk, tokenizer = load_trunk(cfg.trunk, cfg.text_layers)
-    tokens = Tokens(tokenizer, cfg.text_len)
-    load = partial(data_oxe.Loader, cfg, image_size=max(labeller.image_size, trunk.image_size),
-                   horizon_s=labeller.manifest["config"]["horizon_s"])
-    loader = load("train", local, seed=cfg.seed, rank=rank, world=world)
-    val_loader = load("val", 64, seed=1, shuffle_mb=8)
+    inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
+                        tokens=Tokens(tokenizer, cfg.text_len), device=device)
+    load = partial(data_oxe.Loader, image_size=max(labeller.image_size, trunk.image_size),
+                   horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk)
+    loader = load(cfg, "train", local, seed=cfg.seed, rank=rank, world=world)
+    val_loader = load(cfg, "val", 64, seed=1, shuffle_mb=8)
+    fit_loader = load(replace(cfg, pairs_per_episode=0), "train", 64, seed=2, shuffle_mb=8)
     labeller.check(cfg, loader)
 
-    model = LatentPolicy(cfg, trunk, labeller.codebook).to(device)
+    target = make_target(cfg, labeller, load(cfg, "train", 64, seed=2, shuffle_mb=8), device)
+    model = LatentPolicy(cfg, trunk, target).to(device)
     optimizer = make_optimizer(cfg, model)
+    made_of = next(target.buffers()).clone()                # codebook, mean latent, or mean action
     start = load_checkpoint(cfg, model, optimizer, loader, rank, world) if cfg.resume else 0
-    if not torch.equal(model.codebook.cpu(), labeller.codebook):
-        fail(f"--resume '{cfg.resume}' was trained on another labeller than '{cfg.laq_ckpt}': "
-             f"their codebooks differ")
+    if not torch.allclose(next(target.buffers()), made_of, atol=1e-4):
+        fail(f"--resume '{cfg.resume}' was trained on another labeller than '{cfg.laq_ckpt}'")
     if cfg.export_only:
         if rank == 0:
             export(model, cfg, start, tokenizer, labeller.manifest)
@@ -335,7 +550,7 @@ def main(cfg: Config) -> int:
         stop, last = stop_flag(step), step == cfg.steps
         if not stop and (last or step % cfg.eval_every == 0):
             with log.paused():
-                metrics = evaluate(model, cfg, val_loader, labeller, tokens, device)
+                metrics = evaluate(model, cfg, val_loader, fit_loader, inputs_of)
             log.validation(step, metrics, describe(metrics))
         if stop or last or (step > start and step % cfg.save_every == 0):
             with log.paused():
@@ -348,8 +563,7 @@ def main(cfg: Config) -> int:
         with log.waiting():
             batch = next(batches)
         means = {}
-        inputs = to_inputs(batch, labeller, trunk, tokens, device)
-        for piece, share, is_last in pieces(inputs, micro):
+        for piece, share, is_last in pieces(inputs_of(batch), micro):
             train.require_backward_grad_sync = is_last                  # DDP: average once a step
             with amp:
                 parts = train(piece)
@@ -370,7 +584,12 @@ def main(cfg: Config) -> int:
 
 # ------------------------------------------------------------ a reader may stop here
 def check(cfg: Config):
-    """Fills in learning rate and warm-up: a large trunk wants a tenth of tiny's rate."""
+    """Fills in learning rate and warm-up: a large trunk wants a tenth of tiny's rate. Exits where
+    settings do not go together."""
+    if cfg.laq_ckpt == "pooled" and cfg.targets == "codes" and cfg.mode == "latents":
+        fail("--laq-ckpt pooled has no codes; give --targets vectors")
+    if cfg.mode == "actions" and cfg.null:
+        fail(f"--null {cfg.null} is a control of latents; --mode actions has none")
     tiny = cfg.trunk == "tiny"
     if cfg.lr is None:
         cfg.lr = 1e-3 if tiny else 1e-4
@@ -378,20 +597,37 @@ def check(cfg: Config):
         cfg.warmup_steps = min(50 if tiny else 1000, cfg.steps // 4)
 
 
+@torch.no_grad()
+def make_target(cfg: Config, labeller, loader, device) -> nn.Module:
+    """What --mode and --targets name, with the units of the loader's first batches."""
+    if cfg.mode == "actions":
+        widths = {p.name: len(data_oxe.kinds_of(p.entry.action)) for p in loader.plans}
+        if min(widths.values()) < max(1, loader.action_dim):
+            fail(f"--mode actions needs actions of one width in all of --mix, but these are "
+                 f"{widths} wide")
+        return Actions(statistics(loader, "meanstd"), cfg.chunk)
+    if cfg.targets == "codes":
+        return Codes(labeller.codebook)
+    size = loader.image_size
+    frames = (data_oxe.to_device(b, device, size)["frames"] for b in loader.peek(cfg.eval_batches))
+    return Vectors(torch.cat([labeller(x)[1].flatten(1) for x in frames]))
+
+
 def flops_a_sample(model: LatentPolicy, cfg: Config, device) -> int:
     """Of forward and backward, without the labeller's."""
     side, words = model.trunk.image_size, (2, cfg.text_len)
     with torch.device(device):
-        inputs = {"images": torch.zeros(2, side, side, 3, dtype=torch.uint8),
-                  "ids": torch.ones(words, dtype=torch.int64),
-                  "mask": torch.ones(words, dtype=torch.int64),
-                  "codes": torch.zeros(2, model.S, dtype=torch.int64)}
-    return flops_of(model, lambda: model(inputs)) // 2
+        images = torch.zeros(2, side, side, 3, dtype=torch.uint8)
+        ids, mask = torch.ones((2, *words), dtype=torch.int64)
+        target = torch.zeros(2, model.target.width)
+    return flops_of(model, lambda: {
+        "flow": model.head.loss(target, model.trunk(images, ids, mask), target + 1)}) // 2
 
 
 # ------------------------------------------------------------ hand-over files
 class Labeller:
-    """laq.pt2. labeller(frames uint8 (B, 2, H, H, 3)) -> codes int64 (B, S), in full float32.
+    """laq.pt2. labeller(frames uint8 (B, 2, H, H, 3)) -> codes int64 (B, S), unquantized latents
+    float32 (B, S, D), in full float32; a file of schema laq.v1 has the codes' vectors instead.
 
     image_size: what it was trained on; codebook (S, K, D); manifest.
     """
@@ -404,11 +640,16 @@ class Labeller:
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")                   # near codes differ little
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            codes, _ = self.program(data_oxe.resize_to(frames, self.image_size))
+            codes, *_, latents = self.program(data_oxe.resize_to(frames, self.image_size))
         torch.set_float32_matmul_precision(precision)
-        return codes
+        return codes, latents
 
-    def check(self, cfg: Config, loader):
+    def lookup(self, codes):
+        """The vectors of codes (B, S), (B, S, D)."""
+        token = torch.arange(codes.shape[1], device=codes.device)
+        return self.codebook.to(codes.device)[token, codes]
+
+    def check(self, cfg, loader):
         """Exits where it labels other pairs than the loader gives; warns where validation may hold
         what it was trained on."""
         mine, its = loader.horizon, self.manifest["horizon"]
@@ -419,17 +660,38 @@ class Labeller:
         warn_of_holdout(cfg, self.manifest["config"], cfg.laq_ckpt)
 
 
+class PooledDifference(Labeller):
+    """'pooled' in place of a file: the difference of the frames in 8x8 cells, 192 numbers of which
+    nothing is learned. A control; it has no codes."""
+
+    def __init__(self):
+        manifest = {"schema": "pooled", "image_size": 64, "horizon": {},
+                    "config": {"horizon_s": None}}
+        super().__init__(None, manifest, None)
+
+    def __call__(self, frames):
+        frames = data_oxe.resize_to(frames, self.image_size).permute(0, 1, 4, 2, 3).float() / 255
+        cells = F.adaptive_avg_pool2d(frames[:, 1] - frames[:, 0], 8)   # (B, 3, 8, 8)
+        return None, cells.flatten(1)[:, None]
+
+    def check(self, cfg, loader):
+        """There is nothing that could not fit."""
+
+
 def load_labeller(path: str, device: torch.device) -> Labeller:
     """Exits where the file does not fit its manifest, or the stored probe frames do not give the
     stored codes."""
+    if path == "pooled":
+        return PooledDifference()
     if not Path(path).is_file():
-        fail(f"no labeller at --laq-ckpt '{path}'; laq.py writes OUT/laq.pt2")
+        fail(f"no labeller at --laq-ckpt '{path}'; laq.py writes OUT/laq.pt2, 'pooled' needs no "
+             f"file")
     program, extra = open_program(path)
     try:
         manifest = json.loads(extra["manifest.json"])
         tensors = safetensors_load(base64.b64decode(extra["tensors.safetensors.b64"]))
-        if manifest["schema"] != "laq.v1":
-            fail(f"'{path}': schema is {manifest['schema']!r}, expected 'laq.v1'")
+        if manifest["schema"] not in ("laq.v1", "laq.v2"):
+            fail(f"'{path}': schema is {manifest['schema']!r}, expected 'laq.v2'")
         manifest["image_size"], manifest["horizon"], manifest["config"]["horizon_s"]
         probe, probe_codes = tensors["probe_frames"], tensors["probe_codes"]
         shape = tuple(manifest[k] for k in ("tokens", "codes", "code_dim"))
@@ -442,7 +704,7 @@ def load_labeller(path: str, device: torch.device) -> Labeller:
         program = move_to_device_pass(program, str(device))
     labeller = Labeller(program.module(), manifest, tensors["codebook"])
     if device.type != "meta":                                           # which computes nothing
-        codes = labeller(probe.to(device)).cpu()
+        codes = labeller(probe.to(device))[0].cpu()
         if not torch.equal(codes, probe_codes):
             fail(f"'{path}': the probe frames give codes {codes.tolist()}, expected "
                  f"{probe_codes.tolist()}")
@@ -594,7 +856,7 @@ def export(model: LatentPolicy, cfg: Config, step: int, tokenizer, labeller: dic
     save_file(heads, folder / "heads.safetensors")
     manifest = {"schema": "smolvla_shared.v1", "trunk": cfg.trunk, "dtype": "float32",
                 "image_size": model.trunk.image_size, "text_len": cfg.text_len,
-                "latent_dim": model.head.output.out_features, "action_dim": 0,
+                "mode": cfg.mode, "latent_dim": model.target.width, "action_dim": 0,
                 "flow": {"width": cfg.head_width, "depth": cfg.head_depth}, "labeller": labeller,
                 "step": step, "config": asdict(cfg), "torch": torch.__version__}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
