@@ -82,10 +82,10 @@ class Config(data_oxe.DataConfig):
     normalize: Literal["quantile", "meanstd"] = "quantile"  # 1st to 99th percentile, or deviation
 
     # video whose actions are decoded
-    laq_ckpt: str = ""                      # laq.py's labeller, 'pooled', or '': no video
-    targets: Literal["vectors", "codes"] = "vectors"    # latents: of the codes, or unquantized
+    laq_ckpt: str = ""                      # laq.py's labeller; 'pooled', a control; '': none
+    targets: Literal["vectors", "codes"] = "vectors"    # latents: unquantized, or of the codes
     video: str = ""                         # its mix; '': --mix, all episodes
-    video_share: float = 0.75               # of a batch
+    video_share: float = 0.5                # of a batch
 
     # optimization
     steps: int = 600                        # optimizer steps; 0 exports the untrained model

@@ -680,7 +680,9 @@ def label(model: LAQ, control: LAQ, frames) -> dict:
     a, b = model.to_float(frames).unbind(1)                             # (B, 3, H, H) each
     return {"codes": codes,                                             # (B, S)
             "vectors": latent.flatten(1),                               # (B, S*D)
+            "latents": model.outputs(frames).flatten(1),                # unquantized
             "control": control.encode(frames)[1].flatten(1),
+            "control_latents": control.outputs(frames).flatten(1),
             "difference": (b - a).mean((2, 3)),                         # (B, 3)
             "pooled": F.adaptive_avg_pool2d(b - a, 8).flatten(1)}       # (B, 192)
 
@@ -718,7 +720,7 @@ def collect(model: LAQ, control: LAQ, cfg: Config, loader, device, decoded: bool
         row = {name: value.cpu().numpy() for name, value in row.items()}
         flow = optical_flow(frames.cpu().numpy())
         row |= {"mean_flow": flow.mean((2, 3)), "main_flow": weighted_flow(flow),
-                "instruction": np.array(batch["instruction"], object),
+                "instruction": np.array(batch["instruction"], object), "whole": batch["has_action"],
                 **{k: batch[k] for k in ("action_sum", "dataset", "episode", "state")}}
         if keep:
             row["frames"] = frames.cpu().numpy()
@@ -736,18 +738,22 @@ def another_of_its_dataset(dataset: np.ndarray) -> np.ndarray:
     return other
 
 
-def evaluate(model: LAQ, control: LAQ, cfg: Config, val_loader, probe_loader, device) -> dict:
+def evaluate(model: LAQ, control: LAQ, cfg: Config, loaders: dict, device) -> dict:
     """Metrics on held-out episodes: mean over datasets, how codes are used by all of them together,
     and, if there are several, the metrics of each as NAME/metric. Probes are fitted on training
     episodes."""
-    fit = collect(model, control, cfg, probe_loader, device)
+    val_loader = loaders["val"]
+    fit = collect(model, control, cfg, loaders["fit"], device)
     val = collect(model, control, cfg, val_loader, device, decoded=True)
+    few = collect(model, control, cfg, loaders["few"], device)
+    few = {name: value[first_episodes(few)] for name, value in few.items()}
     each = {}
     for i, name in enumerate(val_loader.names):
         fit_rows, val_rows = rows_of(fit, i), rows_of(val, i)
         if len(val_rows["dataset"]):
             dims = val_loader.motion_dims[name]
             each[name] = metrics_of(fit_rows, val_rows, dims, cfg)
+            each[name] |= few_label_probes(rows_of(few, i), val_rows, dims)
     mean = {}
     for key in dict.fromkeys(k for metrics in each.values() for k in metrics):
         mean[key] = np.mean([metrics[key] for metrics in each.values() if key in metrics])
@@ -835,6 +841,106 @@ def probes(fit: dict, val: dict, columns: list[int], cfg: Config) -> dict:
             out |= {f"probe_r2_{i}": value for i, value in enumerate(each)}
             out |= directions(fit, val, prediction, target, truth)
     return out
+
+
+FEW_LABEL_PROBES = {"": "latents", "_codes": "vectors", "_random_quantizer": "control_latents",
+                    "_pooled_difference": "pooled"}
+
+
+def few_label_probes(few: dict, val: dict, dims: list[int]) -> dict:
+    """Held-out R2 of the executed motion, read by kernel ridge from unquantized latents, codes and
+    baselines, fitted on two episodes a task: what finetune.py's decoder can do."""
+    columns = varying(few, val, dims)
+    if not columns or len(np.unique(few["episode"])) < 2:
+        return {}
+    target, truth = (torch.from_numpy(x["action_sum"][:, columns]) for x in (few, val))
+    out = {}
+    for name, key in FEW_LABEL_PROBES.items():
+        x, x_val = torch.from_numpy(few[key]), torch.from_numpy(val[key])
+        prediction = KernelRidge([x], target, few["episode"])([x_val])
+        out[f"few_label_r2{name}"] = r2_of_all(prediction, truth, target.std(0))
+    return out
+
+
+def report_card(m: dict) -> str:
+    """Whether the latents are worth a second stage, one check a line with its figures."""
+    gap = m["psnr"] - m["psnr_shuffled"]
+    checks = [(m["codes_used"] >= 0.5, f"codes used {m['codes_used']:.0%} (at least 50%)"),
+              (gap >= 0.5, f"shuffled codes cost {gap:.2f} dB (at least 0.5)")]
+    if "few_label_r2" in m:
+        mine = m["few_label_r2"]
+        text = f"motion from 2 labelled episodes a task: R2 {mine:.2f}"
+        for name in ("random_quantizer", "pooled_difference"):
+            other = m[f"few_label_r2_{name}"]
+            checks.append((mine > other, f"{text} ({name.replace('_', ' ')} {other:.2f})"))
+    lines = [f"  {'pass' if good else 'FAIL'}  {what}" for good, what in checks]
+    good = all(good for good, _ in checks)
+    verdict = "worth a second stage" if good else "stage 2 on these latents would teach no more " \
+        "than on a control, and may hurt"
+    return "\n".join(["report card", *lines, f"  {verdict}"])
+
+
+def first_episodes(rows: dict, number: int = 2) -> np.ndarray:
+    """Which of M rows, bool (M,), are of the first labelled episodes of their instruction."""
+    chosen = {}
+    for row in zip(rows["dataset"], rows["instruction"], rows["episode"], rows["whole"]):
+        *task, episode, whole = row
+        episodes = chosen.setdefault(tuple(task), [])
+        if whole and episode not in episodes and len(episodes) < number:
+            episodes.append(episode)
+    return np.array([e in chosen[d, text] for d, text, e in
+                     zip(rows["dataset"], rows["instruction"], rows["episode"])])
+
+
+class KernelRidge:
+    """Ridge regression of y (M, m) on features [x1 (M, n1), ...] with a Gaussian kernel, in closed
+    form: what few labels can say. map(features) -> y; float64.
+
+    Each feature counts by its own mean square. Kernel width and penalty are those of the least
+    error on left-out episodes, which needs no second fit: with G = (K + penalty)^-1 and c = G y,
+    rows o have the residuals G_oo^-1 c_o when they are left out. r2: explained share of the
+    variance of left-out episodes.
+    """
+
+    most = 1536                                                         # rows that it is fitted on
+
+    def __init__(self, features: list, y: torch.Tensor, episode: np.ndarray):
+        rows = np.random.default_rng(0).permutation(len(y))[:self.most]
+        features, y = [x[rows].double() for x in features], y[rows].double()
+        episode = episode[rows]
+        self.center, self.mean = [x.mean(0) for x in features], y.mean(0)
+        self.rows = [x - center for x, center in zip(features, self.center)]
+        self.unit = [x.square().sum(1).mean() + 1e-12 for x in self.rows]
+        members = [torch.from_numpy(np.flatnonzero(episode == e)) for e in np.unique(episode)]
+        best, distance, y = math.inf, self.distance(features), y - self.mean
+        for width in (0.5, 1.0, 2.0):
+            values, vectors = torch.linalg.eigh((-width * distance).exp())
+            projected = vectors.T @ y
+            for penalty in (0.1, 0.3, 1.0):
+                inverse = vectors / (values + penalty)
+                weights, error = inverse @ projected, 0.0
+                for o in members:
+                    residual = torch.linalg.solve(inverse[o] @ vectors[o].T, weights[o])
+                    error += residual.square().sum().item()
+                if error < best:
+                    best, self.width, self.weights = error, width, weights
+        self.r2 = 1 - best / max(y.square().sum().item(), 1e-12)
+
+    def distance(self, features: list) -> torch.Tensor:
+        """Squared, from Q rows to those of the fit, (Q, M)."""
+        total = 0.0
+        for x, center, rows, unit in zip(features, self.center, self.rows, self.unit):
+            total = total + torch.cdist(x.to(rows) - center, rows).square() / unit
+        return total
+
+    def __call__(self, features: list) -> torch.Tensor:
+        return self.mean + (-self.width * self.distance(features)).exp() @ self.weights
+
+
+def r2_of_all(prediction, y, unit) -> float:
+    """Explained share of the variance of y (M, m), its columns in their units (m,)."""
+    left = ((prediction - y) / unit).square().sum()
+    return 1 - (left / ((y - y.mean(0)) / unit).square().sum()).item()
 
 
 def directions(fit: dict, val: dict, prediction, target, truth) -> dict:
@@ -942,11 +1048,10 @@ def main(cfg: Config) -> int:
     rank, world, device = setup(cfg)
     local = cfg.batch_size // world                                     # samples a process
     micro = cfg.micro_batch or local                                    # samples a forward pass
-    load = partial(data_oxe.Loader, cfg, image_size=cfg.image_size, horizon_s=cfg.horizon_s,
+    load = partial(data_oxe.Loader, image_size=cfg.image_size, horizon_s=cfg.horizon_s,
                    min_motion=cfg.min_motion, demonstrations=False)
-    loader = load("train", local, seed=cfg.seed, rank=rank, world=world)
-    val_loader = load("val", 64, seed=1, shuffle_mb=8)
-    probe_loader = load("train", 64, seed=2, shuffle_mb=8)
+    loader = load(cfg, "train", local, seed=cfg.seed, rank=rank, world=world)
+    loaders = evaluation_loaders(cfg, load)
 
     targets = Targets(cfg, device)
     control = make_model(cfg, loader, targets, device)                  # never trained: a baseline
@@ -955,9 +1060,9 @@ def main(cfg: Config) -> int:
     start = load_checkpoint(cfg, model, optimizer, loader, rank, world) if cfg.resume else 0
     if cfg.export_only:
         if rank == 0:
-            export(model, cfg, start, val_loader)
+            export(model, cfg, start, loaders["val"])
         return 0
-    fit_to_data([control] if cfg.resume else [control, model], cfg, probe_loader, device)
+    fit_to_data([control] if cfg.resume else [control, model], cfg, loaders["fit"], device)
     train = DDP(model, forward_sync_buffers=False) if world > 1 else model
     train = torch.compile(train) if cfg.compile else train
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
@@ -970,7 +1075,7 @@ def main(cfg: Config) -> int:
         stop, last = stop_flag(step), step == cfg.steps
         if not stop and (last or step % cfg.eval_every == 0):
             with log.paused():
-                metrics = evaluate(model, control, cfg, val_loader, probe_loader, device)
+                metrics = evaluate(model, control, cfg, loaders, device)
             log.validation(step, metrics, describe(metrics, cfg))
         if stop or last or (step > start and step % cfg.save_every == 0):
             with log.paused():
@@ -1003,9 +1108,10 @@ def main(cfg: Config) -> int:
         log.step(step, means, batch)
 
     if rank == 0 and not stop:
-        export(model, cfg, cfg.steps, val_loader)
-        picture(model.eval(), cfg, val_loader, device)
-        log.print(f"labeller {cfg.out}/laq.pt2, pictures {cfg.out}/pairs.png")
+        export(model, cfg, cfg.steps, loaders["val"])
+        picture(model.eval(), cfg, loaders["val"], device)
+        log.print(f"labeller {cfg.out}/laq.pt2, pictures {cfg.out}/pairs.png\n"
+                  f"{report_card(metrics)}")
     return log.close(stop)
 
 
@@ -1026,6 +1132,14 @@ def check(cfg: Config):
         fail(f"--levels {levels} make {math.prod(cfg.levels)} codes, --codes is {cfg.codes}")
     if cfg.quantizer == "fsq" and min(cfg.levels) < 2:
         fail(f"--levels {levels}: each must be at least 2")
+
+
+def evaluation_loaders(cfg: Config, load) -> dict:
+    """Held-out episodes, training episodes to fit probes on, and whole ones to choose few from."""
+    every_pair = replace(cfg, pairs_per_episode=0)
+    return {"val": load(cfg, "val", 64, seed=1, shuffle_mb=8),
+            "fit": load(cfg, "train", 64, seed=2, shuffle_mb=8),
+            "few": load(every_pair, "train", 64, seed=2, shuffle_mb=8)}
 
 
 def make_model(cfg: Config, loader, targets: Targets, device) -> LAQ:
@@ -1073,7 +1187,7 @@ def flops_a_sample(model: LAQ, cfg: Config, device) -> int:
 
 
 # ------------------------------------------------------------ hand-over files
-class Labeller(nn.Module):
+class ExportedLabeller(nn.Module):
     """What is exported: frames uint8 (B, 2, H, W, 3) -> codes int64 (B, S), their vectors float32
     (B, S, D), and the unquantized latents float32 (B, S, D), which say more."""
 
@@ -1091,7 +1205,7 @@ class Labeller(nn.Module):
 def export(model: LAQ, cfg: Config, step: int, loader):
     """OUT/laq.pt2: the frozen labeller as a torch.export program (float32, CPU), with manifest,
     codebook, and probe frames with the codes that they must give."""
-    labeller = Labeller(copy.deepcopy(model).float().cpu().eval())
+    labeller = ExportedLabeller(copy.deepcopy(model).float().cpu().eval())
     labeller.model.decoder = None
     probe = data_oxe.to_device(next(loader.peek(1)), "cpu", cfg.image_size)
     probe = probe["frames"][:4].clone()

@@ -65,10 +65,10 @@ class Config(data_oxe.DataConfig):
 
     # what is predicted
     mode: Literal["latents", "actions"] = "latents"     # or the oracle: true actions of all video
-    laq_ckpt: str = "runs/laq/laq.pt2"      # laq.py's labeller, or 'pooled': nothing learned
-    targets: Literal["codes", "vectors"] = "codes"      # latents: of the codes, or unquantized
+    laq_ckpt: str = "runs/laq/laq.pt2"      # laq.py's labeller; 'pooled', a control; '': none
+    targets: Literal["vectors", "codes"] = "codes"    # latents: unquantized, or of the codes
     null: Literal["", "permuted", "frame"] = ""     # control: other pairs' latents, or still pairs'
-    chunk: int = 8                          # C, actions predicted at once; probes read as many
+    chunk: int = 8                          # C, actions predicted at once
 
     # model
     trunk: str = "tiny"                     # 'tiny' (random, 64 px), or a SmolVLM2 name or folder
@@ -510,6 +510,25 @@ def describe(m: dict) -> str:
     return text
 
 
+def report_card(first: dict, last: dict) -> str:
+    """Whether this stage taught something, one check a line with its figures. first: of the
+    evaluation that this process began with."""
+    checks = [(last["target_r2"] > 0.02, f"R2 of the target {last['target_r2']:.2f} (above .02)")]
+    if "accuracy" in last:
+        checks.append((last["accuracy"] > last["accuracy_majority"], f"nearest-code accuracy "
+                       f"{last['accuracy']:.3f} (majority code {last['accuracy_majority']:.3f})"))
+    if "action_r2_few_readout" in last:
+        mine, before = (max(m["action_r2_few_readout"], m["action_r2_few_prediction"])
+                        for m in (last, first))
+        checks.append((mine > before, f"actions from 2 labelled episodes a task: R2 {mine:.2f} (at "
+                       f"the start {before:.2f})"))
+    lines = [f"  {'pass' if good else 'FAIL'}  {what}" for good, what in checks]
+    good = all(good for good, _ in checks)
+    verdict = "the trunk learned from the video" if good else "a policy from this trunk may be " \
+        "worse than one without it"
+    return "\n".join(["report card", *lines, f"  {verdict}"])
+
+
 # ------------------------------------------------------------ main
 def main(cfg: Config) -> int:
     check(cfg)
@@ -544,13 +563,14 @@ def main(cfg: Config) -> int:
     flops = flops_a_sample(model, cfg, device)
     log = Logger(cfg, rank, world, start, flops, device)
     log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
-    stop_flag, batches = StopFlag(cfg, device), loader.to(device)
+    stop_flag, batches, first = StopFlag(cfg, device), loader.to(device), None
 
     for step in range(start, cfg.steps + 1):                            # one more: evaluates, saves
         stop, last = stop_flag(step), step == cfg.steps
         if not stop and (last or step % cfg.eval_every == 0):
             with log.paused():
                 metrics = evaluate(model, cfg, val_loader, fit_loader, inputs_of)
+                first = first or metrics
             log.validation(step, metrics, describe(metrics))
         if stop or last or (step > start and step % cfg.save_every == 0):
             with log.paused():
@@ -578,7 +598,7 @@ def main(cfg: Config) -> int:
 
     if rank == 0 and not stop:
         export(model, cfg, cfg.steps, tokenizer, labeller.manifest)
-        log.print(f"trunk and latent head: {cfg.out}/stage2")
+        log.print(f"trunk and latent head: {cfg.out}/stage2\n{report_card(first, metrics)}")
     return log.close(stop)
 
 
@@ -586,6 +606,8 @@ def main(cfg: Config) -> int:
 def check(cfg: Config):
     """Fills in learning rate and warm-up: a large trunk wants a tenth of tiny's rate. Exits where
     settings do not go together."""
+    if cfg.mode == "latents" and not cfg.laq_ckpt:
+        fail("--mode latents needs --laq-ckpt, the laq.pt2 of laq.py")
     if cfg.laq_ckpt == "pooled" and cfg.targets == "codes" and cfg.mode == "latents":
         fail("--laq-ckpt pooled has no codes; give --targets vectors")
     if cfg.mode == "actions" and cfg.null:
