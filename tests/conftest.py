@@ -38,7 +38,8 @@ def stages(data, tmp_path_factory):
         run("vla.py", "--data", data, "--out", out / "vla", "--steps", 10, *TINY,
             "--laq-ckpt", out / "laq/laq.pt2")
         run("finetune.py", "--data", data, "--out", out / "ft", "--steps", 10, *TINY,
-            "--init", out / "vla/stage2", "--episodes-per-task", 2)
+            "--init", out / "vla/stage2", "--episodes-per-task", 2,
+            "--laq-ckpt", out / "laq/laq.pt2")
     return once(tmp_path_factory, "stages", train)
 
 

@@ -170,8 +170,10 @@ def samples_of(rng, dataset, n, K=8):
     codes = rng.integers(0, K, (n, 2))
     motion = np.stack([codes[:, 0], codes[:, 1], rng.integers(0, 2, n)], 1).astype(np.float32)
     return {"codes": codes, "still": np.zeros((n, 2), int),
-            "vectors": np.eye(K)[codes].reshape(n, -1),
+            "vectors": np.eye(K)[codes].reshape(n, -1), "latents": np.eye(K)[codes].reshape(n, -1),
             "control": rng.standard_normal((n, 2 * K)), "difference": rng.random((n, 3)),
+            "control_latents": rng.standard_normal((n, 2 * K)), "episode": np.arange(n) // 40,
+            "whole": np.full(n, True),
             "pooled": rng.random((n, 192)), "mean_flow": rng.random((n, 2)),
             "mse": np.full((n, 4), 0.01), "ssim": np.full((n, 2), 0.9), "action_sum": motion,
             "dataset": np.full(n, dataset), "instruction": np.full(n, "go", object)}
@@ -188,11 +190,12 @@ def test_a_mix_is_measured_dataset_by_dataset(monkeypatch):
 
     class Loader:
         names, motion_dims = ("big", "small"), {"big": [0, 1], "small": [0, 1]}
-    m = laq.evaluate(None, None, cfg, Loader, Loader, None)
+    m = laq.evaluate(None, None, cfg, dict.fromkeys(("val", "fit", "few"), Loader), None)
     assert m["big/samples"] == 400 and m["small/samples"] == 20 and m["samples"] == 420
     assert m["big/probe_r2"] > 0.9 and "small/probe_r2" not in m and "big/probe_r2_2" not in m
     assert m["codes_used"] == 1 and m["big/codes_used"] == m["small/codes_used"] == 0.5
     assert "probe R2" in laq.describe(m, cfg)
+    assert m["few_label_r2"] > 0.9 > 0.2 > m["few_label_r2_random_quantizer"]
     few = {k: v for k, v in m.items() if "probe" not in k}
     assert "too few samples" in laq.describe(few, cfg)
 
@@ -247,14 +250,16 @@ def test_labeller_is_that_of_the_checkpoint(data, stages, tmp_path):
     model = model_of()
     state = torch.load(stages / "laq/last.pt", weights_only=True)
     model.load_state_dict(state["model"])
-    codes, vectors = labeller.program(frames)
+    codes, vectors, latents = labeller.program(frames)
     assert torch.equal(codes, model.encode(frames)[0]) and codes.dtype == torch.int64
-    assert torch.allclose(vectors, codebook[torch.arange(2), codes], atol=1e-6)
-    assert labeller(frames[:1]).shape == (1, 2)
-    assert manifest["schema"] == "laq.v1"
+    assert torch.equal(vectors, labeller.lookup(codes)) and codebook.shape == (2, 64, 256)
+    assert torch.allclose(latents, model.outputs(frames), atol=1e-5)
+    assert torch.equal(labeller(frames)[1], latents) and not torch.allclose(latents, vectors)
+    assert labeller(frames[:1])[0].shape == (1, 2)
+    assert manifest["schema"] == "laq.v2"
     assert manifest["horizon"]["metaworld_corner4"] == {"steps": 8, "seconds": 0.1}
     (tmp_path / "last.pt").write_bytes((stages / "laq/last.pt").read_bytes())
     run("laq.py", "--data", data, "--steps", 30, *TINY, "--resume", tmp_path / "last.pt",
         "--export-only")
     again = vla.load_labeller(str(tmp_path / "laq.pt2"), torch.device("cpu"))
-    assert torch.equal(again(frames), codes)
+    assert torch.equal(again(frames)[0], codes)

@@ -42,7 +42,7 @@ def good(tmp_path_factory) -> Path:
         program = torch.export.export(Tiny().eval(), INPUTS, dynamic_shapes=({0: batch},) * 2)
     program.example_inputs = None
     torch.export.save(
-        program, path, extra_files={"manifest.json": '{"schema": "laq.v1"}', "notes": "a  b"}
+        program, path, extra_files={"manifest.json": '{"schema": "laq.v2"}', "notes": "a  b"}
     )
     return path
 
@@ -236,7 +236,7 @@ def refused(path) -> str:
 
 def test_own_export_opens(good):
     program, extra = open_program(good)
-    assert extra == {"manifest.json": '{"schema": "laq.v1"}', "notes": "a  b"}
+    assert extra == {"manifest.json": '{"schema": "laq.v2"}', "notes": "a  b"}
     assert torch.equal(program.module()(*INPUTS), torch.export.load(good).module()(*INPUTS))
 
 
@@ -432,7 +432,7 @@ def test_every_labeller_opens(arch, quantizer, tmp_path):
 
     cfg = laq.Config(arch=arch, quantizer=quantizer)
     laq.check(cfg)
-    model = laq.Labeller(laq.LAQ(cfg).eval())
+    model = laq.ExportedLabeller(laq.LAQ(cfg).eval())
     frames = torch.zeros(4, 2, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
     with torch.no_grad():
         program = torch.export.export(
@@ -440,4 +440,6 @@ def test_every_labeller_opens(arch, quantizer, tmp_path):
         )
     program.example_inputs = None
     torch.export.save(program, tmp_path / "laq.pt2")
-    assert torch.equal(open_program(tmp_path / "laq.pt2")[0].module()(frames)[0], model(frames)[0])
+    opened = open_program(tmp_path / "laq.pt2")[0].module()(frames)
+    for name, a, b in zip(("codes", "vectors", "latents"), opened, model(frames), strict=True):
+        assert torch.equal(a, b), name
