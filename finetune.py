@@ -226,10 +226,11 @@ class Decoder:
             tensors = data_oxe.to_device(batch, self.device, loader.image_size)
             row = {"latent": self.latent(tensors), "readout": self.readout(tensors),
                    "pooled": PooledDifference()(tensors["frames"])[1].flatten(1),
-                   "chunk": model.normalized(tensors).flatten(1),
-                   "episode": tensors["dataset"] * 1_000_003 + tensors["episode"]}
-            rows.append({name: value[torch.from_numpy(new)] for name, value in row.items()})
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+                   "chunk": model.normalized(tensors).flatten(1)}
+            row = {name: value[torch.from_numpy(new)] for name, value in row.items()}
+            rows.append(row | {"episode": (batch["dataset"] * 1_000_003 + batch["episode"])[new]})
+        join = {name: torch.cat for name in rows[0]} | {"episode": np.concatenate}
+        return {name: join[name]([row[name] for row in rows]) for name in join}
 
 
 def statistics(loader, how: str, batches: int = 32) -> dict:
