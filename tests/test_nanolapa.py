@@ -134,7 +134,7 @@ def test_torchrun(stage, data, stages, tmp_path):
     assert (tmp_path / {"vla": "stage2", "finetune": "policy"}[stage] / "manifest.json").exists()
     if stage == "finetune":                                 # a rank has its own place in the data
         places = torch.load(tmp_path / "last.pt", weights_only=True)["data"]
-        assert [p["rank"] for p in places] == [0, 1]
+        assert [[p["rank"] for p in both] for both in places] == [[0, 0], [1, 1]]
         resume = [*args, "--resume", tmp_path / "last.pt"]
         run(f"{stage}.py", *resume, processes=2)
         p = run(f"{stage}.py", *resume, check=False)
@@ -339,9 +339,17 @@ def test_pictures_are_resized_as_the_loader_does():
     ("vla.py", ["--laq-ckpt", "/nowhere.pt2"], "no labeller at --laq-ckpt '/nowhere.pt2'"),
     ("vla.py", ["--laq-ckpt", "LAQ", "--trunk", "Org/absent"],
      "no pretrained SmolVLM2 at 'Org/absent'"),
+    ("vla.py", ["--laq-ckpt", "pooled"], "pooled has no codes; give --targets vectors"),
+    ("vla.py", ["--mode", "actions", "--null", "frame"], "--null frame is a control of latents"),
+    ("vla.py", ["--laq-ckpt", ""], "--mode latents needs --laq-ckpt"),
     ("finetune.py", ["--init", "/nowhere"], "no stage2 folder at --init '/nowhere'"),
     ("finetune.py", ["--data", "DATA", "--init", "none", "--episodes-per-task", "50"],
      "fewer than 50 training episodes"),
+    ("finetune.py", ["--init", "none", "--laq-ckpt", "pooled", "--targets", "codes"],
+     "pooled has no codes; give --targets vectors"),
+    ("finetune.py", ["--init", "none", "--video", "bridge"], "--video 'bridge' needs --laq-ckpt"),
+    ("finetune.py", ["--data", "DATA", "--init", "none", "--laq-ckpt", "pooled", "--video-share",
+                     "1"], "--video-share 1.0 of 32 samples a process is 32 of video"),
     ("rollout.py", ["--tasks", "open-sesame"], "unknown task 'open-sesame'"),
     ("rollout.py", ["--policy", "/nowhere"], "no policy at '/nowhere'"),
     ("rollout.py", ["--camera", "ceiling"], "unknown camera 'ceiling'"),

@@ -16,14 +16,15 @@ from test_laq import loader_of, overfit
 
 
 def batch_of(device, n=8, datasets=1):
-    """What to_inputs gives, of zeros."""
+    """What to_inputs of both stages gives, of zeros."""
     with torch.device(device):
         number = torch.zeros(n, dtype=torch.int64)
         return {"images": torch.zeros(n, 64, 64, 3, dtype=torch.uint8),
-                "codes": number.view(n, 1) + 1,
+                "codes": number.view(n, 1) + 1, "latents": torch.zeros(n, 1, 16),
                 "ids": number[:, None].expand(n, 16), "mask": number[:, None].expand(n, 16) + 1,
                 "state": torch.zeros(n, 4), "actions": torch.zeros(n, 8, 4), "dataset": number,
-                "action_mask": torch.ones(n, 8, dtype=torch.bool)}
+                "action_mask": torch.ones(n, 8, dtype=torch.bool), "chunk": torch.zeros(n, 8, 4),
+                "weight": torch.ones(n, 8), "is_video": number > 0}
 
 
 def stats_of(datasets=1):
@@ -32,25 +33,43 @@ def stats_of(datasets=1):
 
 
 # ------------------------------------------------------------ models
-def test_stages_can_learn_a_batch_by_heart(data, stages):
+@pytest.mark.parametrize("target", ["codes", "vectors", "actions"])
+def test_stage_2_can_learn_a_batch_by_heart(target, data, stages):
+    """Predictions are of the target's own samples, whatever the target is."""
+    device = torch.device("cpu")
+    labeller = vla.load_labeller(str(stages / "laq/laq.pt2"), device)
+    cfg = vla.Config(targets="vectors" if target == "vectors" else "codes", eval_batches=1,
+                     mode="actions" if target == "actions" else "latents")
+    loader = loader_of(data, "train", 8, chunk=8)
+    tensors = data_oxe.to_device(next(iter(loader)), device, 64)
+    torch.manual_seed(0)
+    trunk, tokenizer = vla.load_trunk("tiny", 16)
+    model = vla.LatentPolicy(cfg, trunk, vla.make_target(cfg, labeller, loader, device))
+    inputs = vla.to_inputs(tensors, cfg, labeller, trunk, vla.Tokens(tokenizer, 16), device)
+    if target == "codes":                                   # the fixture's hardly differ
+        inputs["codes"] = torch.randint(0, 64, (8, 2))
+    overfit(model, lambda: model(inputs)["flow"], 150)
+    with torch.no_grad():
+        (truth, weight), (_, prediction) = model.target(inputs), model.predict(inputs)
+    if target == "codes":
+        nearest = model.target.nearest(prediction)
+        assert (nearest == inputs["codes"]).float().mean() > 0.9
+    else:
+        error = ((prediction - truth).square() * weight).sum() / weight.sum()
+        assert error < 0.3 * (truth - truth.mean(0)).square().mean()
+
+
+def test_a_policy_can_learn_a_batch_by_heart(data):
     torch.manual_seed(0)
     batch, device = next(iter(loader_of(data, "train", 8, chunk=8))), torch.device("cpu")
-    tensors = data_oxe.to_device(batch, device, 64)
-    trunk, tokenizer = vla.load_trunk("tiny", 16)
-    tokens = vla.Tokens(tokenizer, 16)
-    labeller = vla.load_labeller(str(stages / "laq/laq.pt2"), device)
-    model = vla.LatentPolicy(vla.Config(), trunk, labeller.codebook)
-    inputs = vla.to_inputs(tensors, labeller, trunk, tokens, device)
-    overfit(model, lambda: model(inputs)["flow"], 150)
-    codes = model.predict(inputs, torch.randn(8, model.S * model.R))
-    assert (codes == inputs["codes"]).float().mean() > 0.9
-
+    trunk, tokenizer = finetune.load_trunk("tiny", 16)
     stats = stats_of() | {"action_scale": torch.full((1, 4), 2.0)}
-    policy = finetune.Policy(finetune.Config(), finetune.load_trunk("tiny", 16)[0], stats)
-    inputs = finetune.to_inputs(tensors, tokens, device)
-    overfit(policy, lambda: policy(inputs)["flow"], 250)
-    actions, mask = inputs["actions"], inputs["action_mask"]
-    error = (policy.act(inputs, torch.randn(actions.shape)) - actions)[mask].abs().mean()
+    policy = finetune.Policy(finetune.Config(), trunk, stats)
+    tensors, tokens = data_oxe.to_device(batch, device, 64), finetune.Tokens(tokenizer, 16)
+    inputs = finetune.to_inputs(tensors, policy, tokens, device)
+    overfit(policy, lambda: policy(inputs)["labelled"], 150)
+    actions, mask = tensors["actions"], tensors["action_mask"]
+    error = (policy.act(inputs) - actions)[mask].abs().mean()
     assert error < 0.3 * actions[mask].abs().mean()
 
 
@@ -59,17 +78,18 @@ def test_a_step_is_of_one_device_and_stands_bfloat16(monkeypatch):
     def step(device):
         with torch.device(device):
             trunk = vla.Trunk(vla.SmolVLMModel(vla.tiny_config()))
-            models = [vla.LatentPolicy(vla.Config(), trunk, torch.ones(1, 8, 16)),
-                      finetune.Policy(finetune.Config(), trunk, stats_of())]
-            noises = torch.zeros(8, 7), torch.zeros(8, 8, 4)
+            targets = (vla.Codes(torch.ones(1, 8, 16)), vla.Vectors(torch.eye(4, 16), width=3),
+                       vla.Actions(stats_of(), 8))
+            models = [vla.LatentPolicy(vla.Config(), trunk, target) for target in targets]
+            models.append(finetune.Policy(finetune.Config(laq_ckpt="x"), trunk, stats_of()))
         batch = batch_of(device)
-        for model, noise in zip(models, noises):
+        for model in models:
             with OnlyMeta(monkeypatch) if device == "meta" else \
                     contextlib.nullcontext():
                 with torch.autocast(device, torch.bfloat16):
                     loss = sum(model(batch).values())
                 loss.backward()
-                out = (model.predict if hasattr(model, "predict") else model.act)(batch, noise)
+                out = model.act(batch) if hasattr(model, "act") else model.predict(batch)[1]
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             assert len(grads) > 40 and all(g.device.type == device for g in grads)
             assert out.device.type == device and loss.dtype == torch.float32
@@ -80,8 +100,10 @@ def test_a_step_is_of_one_device_and_stands_bfloat16(monkeypatch):
 def test_labeller_moves_to_another_device(stages):
     """As to a GPU: every start of vla.py there depends on it."""
     labeller = vla.load_labeller(str(stages / "laq/laq.pt2"), torch.device("meta"))
-    codes = labeller(torch.zeros(3, 2, 64, 64, 3, dtype=torch.uint8, device="meta"))
+    codes, latents = labeller(torch.zeros(3, 2, 64, 64, 3, dtype=torch.uint8, device="meta"))
     assert codes.device.type == "meta" and codes.shape == (3, 2) and codes.dtype == torch.int64
+    assert latents.device.type == "meta" and latents.shape == (3, 2, 256)
+    assert labeller.lookup(codes).shape == (3, 2, 256)
 
 
 def test_labels_are_made_in_full_precision(stages):
@@ -116,13 +138,12 @@ def test_each_dataset_has_its_own_units():
     stats = finetune.statistics(Loader(), "quantile")
     assert stats["action_scale"][:, 0].tolist() == pytest.approx([0.98, 98], rel=0.03)
     policy = finetune.Policy(finetune.Config(), finetune.load_trunk("tiny", 16)[0], stats)
-    batch = batch_of("cpu", 4) | {"dataset": torch.tensor([0, 1, 1, 0])}
-    targets = []
-    policy.head.loss = lambda x, cond, weight: targets.append((x, weight)) or x.sum()
-    batch["actions"] = stats["action_scale"][batch["dataset"]][:, None].expand(-1, 8, -1)
-    policy(batch)
-    x, weight = targets[0]
-    assert weight.min() == 1 and x.numpy() == pytest.approx(1, abs=0.1)
+    dataset = torch.tensor([0, 1, 1, 0])
+    actions = stats["action_scale"][dataset][:, None].expand(-1, 8, -1)
+    batch = batch_of("cpu", 4) | {"dataset": dataset, "actions": actions}
+    assert policy.normalized(batch).numpy() == pytest.approx(1, abs=0.1)
+    target = vla.Actions(stats, 8)(batch)[0]
+    assert target.numpy() == pytest.approx(1, abs=0.1)
     Loader.names = ("arm", "base", "absent")
     with pytest.raises(SystemExit, match="none of the first 64 samples is of dataset 'absent'"):
         finetune.statistics(Loader(), "quantile")
@@ -169,21 +190,25 @@ def test_stage2_reaches_the_policy(stages):
     trunk, _ = finetune.load_stage2(cfg, manifest)
     for name, value in trunk.state_dict().items():
         assert torch.equal(value, state[f"trunk.{name}"]), name
-    assert manifest["labeller"]["schema"] == "laq.v1"
+    assert manifest["labeller"]["schema"] == "laq.v2"
     saved = torch.load(stages / "ft/last.pt", weights_only=True)
     policy = finetune.Policy(finetune.Config(**saved["config"]), trunk, stats_of())
-    policy.load_state_dict(saved["model"])
+    kept = {name: {key.partition(".")[2]: value for key, value in saved["model"].items()
+                   if key.startswith(name + ".")} for name in ("model", "average", "best")}
+    policy.load_state_dict(kept["best"])
     program, _ = vla.open_program(stages / "ft/policy/policy.pt2")
     program = program.module()
     images = torch.randint(0, 255, (3, 64, 64, 3), dtype=torch.uint8)
     ones, noise = torch.ones(3, 32, dtype=torch.long), torch.randn(3, 8, 4)
     example = {"images": images, "state": torch.randn(3, 4), "ids": ones, "mask": ones}
     actions = program(*example.values(), noise)
-    torch.testing.assert_close(actions, policy.act(example, noise), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(actions, policy.act(example), rtol=1e-3, atol=1e-4)
     dark = example | {"images": torch.zeros_like(images)}
     assert not torch.allclose(program(*dark.values(), noise), actions)
     policy.cfg.blind = True
-    assert torch.equal(policy.act(dark, noise), policy.act(example, noise))
+    assert torch.equal(policy.act(dark), policy.act(example))
+    policy.load_state_dict(kept["model"])                   # the last weights are others
+    assert not torch.allclose(policy.act(dark), program(*dark.values(), noise), atol=1e-3)
     manifest = json.loads((stages / "ft/policy/manifest.json").read_text())
     assert manifest["units_of"] == "metaworld_corner4" and manifest["chunk"] == 8
 
