@@ -175,14 +175,16 @@ class Decoder:
     of the readout alone.
     """
 
-    def __init__(self, cfg: Config, model: Policy, labeller, tokens, device):
+    def __init__(self, cfg: Config, model: Policy, episodes: int, labeller, tokens, device):
+        """episodes: how many are labelled."""
         self.targets, self.labeller = cfg.targets, labeller
         self.tokens, self.device = tokens, device
         self.trunk = copy.deepcopy(model.trunk).eval()
         self.shape = cfg.chunk, model.action_dim
         load = partial(data_oxe.Loader, image_size=max(labeller.image_size, self.trunk.image_size),
                        horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk)
-        fit_loader = load(replace(cfg, pairs_per_episode=0), "train", 64, seed=2, shuffle_mb=8)
+        pairs = max(8, KernelRidge.most // episodes)                    # of each; whole if few
+        fit_loader = load(replace(cfg, pairs_per_episode=pairs), "train", 64, seed=2, shuffle_mb=8)
         labeller.check(cfg, fit_loader)
         fit = self.collect(model, fit_loader, math.ceil(KernelRidge.most / 64))
         val = self.collect(model, load(cfg, "val", 64, seed=1, shuffle_mb=8), cfg.eval_batches)
@@ -444,7 +446,7 @@ def main(cfg: Config) -> int:
                    chunk=cfg.chunk, shuffle_mb=8)
     val_loader = load("val", seed=1)
     model = make_model(cfg, trunk, tokens, load("train", seed=0), device)
-    decoder = Decoder(cfg, model, labeller, tokens, device) if labeller else None
+    decoder = Decoder(cfg, model, loader.episodes, labeller, tokens, device) if labeller else None
     average, best = copy.deepcopy(model), copy.deepcopy(model)
     kept = nn.ModuleDict({"model": model, "average": average, "best": best})
     optimizer = make_optimizer(cfg, model)
@@ -551,6 +553,7 @@ class Sources:
                        world=world)
         self.labelled = load(cfg, batch_size=local - video, image_size=image_size, horizon_s=0.0)
         self.loaders = [self.labelled]
+        self.episodes = sum(plan.used for plan in self.labelled.plans)
         widths = {plan.name: len(data_oxe.kinds_of(plan.entry.action))
                   for plan in self.labelled.plans}
         if min(widths.values()) < max(1, self.labelled.action_dim):

@@ -197,8 +197,12 @@ class LAQ(nn.Module):
 
     @staticmethod
     def to_float(frames):
-        """uint8 (B, 2, H, H, 3) -> float (B, 2, 3, H, H) in -0.5..0.5."""
-        return frames.permute(0, 1, 4, 2, 3).float() / 255 - 0.5
+        """uint8 (B, 2, H, H, 3) -> float (B, 2, 3, H, H), frame t in -0.5..0.5, frame t+k in the
+        light of frame t: each colour has its mean and deviation. So drifting light is no motion."""
+        a, b = (frames.permute(0, 1, 4, 2, 3).float() / 255 - 0.5).unbind(1)        # (B, 3, H, H)
+        mean, std = (f(a, (2, 3), keepdim=True) for f in (torch.mean, torch.std))
+        its_mean, its_std = (f(b, (2, 3), keepdim=True) for f in (torch.mean, torch.std))
+        return torch.stack([a, (b - its_mean) / its_std.clamp(min=1e-3) * std + mean], 1)
 
     def outputs(self, frames):
         """The encoder's, unquantized: z (B, S, D), each token of unit variance."""
@@ -743,17 +747,17 @@ def evaluate(model: LAQ, control: LAQ, cfg: Config, loaders: dict, device) -> di
     and, if there are several, the metrics of each as NAME/metric. Probes are fitted on training
     episodes."""
     val_loader = loaders["val"]
-    fit = collect(model, control, cfg, loaders["fit"], device)
+    fit = collect(model, control, cfg, loaders["many"], device)
     val = collect(model, control, cfg, val_loader, device, decoded=True)
-    few = collect(model, control, cfg, loaders["few"], device)
-    few = {name: value[first_episodes(few)] for name, value in few.items()}
+    few = collect(model, control, cfg, loaders["few"], device) if "few" in loaders else None
     each = {}
     for i, name in enumerate(val_loader.names):
         fit_rows, val_rows = rows_of(fit, i), rows_of(val, i)
         if len(val_rows["dataset"]):
             dims = val_loader.motion_dims[name]
             each[name] = metrics_of(fit_rows, val_rows, dims, cfg)
-            each[name] |= few_label_probes(rows_of(few, i), val_rows, dims)
+            if few:
+                each[name] |= few_label_probes(rows_of(few, i), val_rows, dims)
     mean = {}
     for key in dict.fromkeys(k for metrics in each.values() for k in metrics):
         mean[key] = np.mean([metrics[key] for metrics in each.values() if key in metrics])
@@ -878,18 +882,6 @@ def report_card(m: dict) -> str:
     verdict = "worth a second stage" if good else "stage 2 on these latents would teach no more " \
         "than on a control, and may hurt"
     return "\n".join(["report card", *lines, f"  {verdict}"])
-
-
-def first_episodes(rows: dict, number: int = 2) -> np.ndarray:
-    """Which of M rows, bool (M,), are of the first labelled episodes of their instruction."""
-    chosen = {}
-    for row in zip(rows["dataset"], rows["instruction"], rows["episode"], rows["whole"]):
-        *task, episode, whole = row
-        episodes = chosen.setdefault(tuple(task), [])
-        if whole and episode not in episodes and len(episodes) < number:
-            episodes.append(episode)
-    return np.array([e in chosen[d, text] for d, text, e in
-                     zip(rows["dataset"], rows["instruction"], rows["episode"])])
 
 
 class KernelRidge:
@@ -1062,7 +1054,7 @@ def main(cfg: Config) -> int:
         if rank == 0:
             export(model, cfg, start, loaders["val"])
         return 0
-    fit_to_data([control] if cfg.resume else [control, model], cfg, loaders["fit"], device)
+    fit_to_data([control] if cfg.resume else [control, model], cfg, loaders["many"], device)
     train = DDP(model, forward_sync_buffers=False) if world > 1 else model
     train = torch.compile(train) if cfg.compile else train
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
@@ -1134,12 +1126,15 @@ def check(cfg: Config):
         fail(f"--levels {levels}: each must be at least 2")
 
 
-def evaluation_loaders(cfg: Config, load) -> dict:
-    """Held-out episodes, training episodes to fit probes on, and whole ones to choose few from."""
-    every_pair = replace(cfg, pairs_per_episode=0)
-    return {"val": load(cfg, "val", 64, seed=1, shuffle_mb=8),
-            "fit": load(cfg, "train", 64, seed=2, shuffle_mb=8),
-            "few": load(every_pair, "train", 64, seed=2, shuffle_mb=8)}
+def evaluation_loaders(cfg, load) -> dict:
+    """Held-out episodes, and training episodes to fit probes on: many, and, of a dataset that is
+    not too large to look for them, two of each instruction."""
+    loaders = {"val": load(cfg, "val", 64, seed=1, shuffle_mb=8),
+               "many": load(cfg, "train", 64, seed=2, shuffle_mb=8)}
+    if sum(plan.used for plan in loaders["many"].plans) <= 5000:
+        few = replace(cfg, pairs_per_episode=0, episodes_per_task=cfg.episodes_per_task or 2)
+        loaders["few"] = load(few, "train", 64, seed=2, shuffle_mb=8)
+    return loaders
 
 
 def make_model(cfg: Config, loader, targets: Targets, device) -> LAQ:

@@ -119,9 +119,10 @@ class LatentPolicy(nn.Module):
         return {"flow": self.head.loss(target, readout, weight)}
 
     def predict(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a flow from noise to targets, one Euler step from its middle gives their mean."""
+        """Of a flow from noise to targets, one Euler step gives their mean, from wherever it starts;
+        as far out as the noise that the head knows."""
         readout = self.trunk(batch["images"], batch["ids"], batch["mask"])          # (B, W)
-        noise = readout.new_zeros(len(readout), self.target.width)
+        noise = torch.ones_like(readout[:, :1]).expand(-1, self.target.width)
         return readout, self.head.sample(readout, noise)
 
 
@@ -396,13 +397,13 @@ def collect(model: LatentPolicy, cfg: Config, loader, inputs_of) -> dict:
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
-def evaluate(model: LatentPolicy, cfg: Config, val_loader, fit_loader, inputs_of) -> dict:
+def evaluate(model: LatentPolicy, cfg: Config, loaders: dict, inputs_of) -> dict:
     """On held-out episodes: flow loss, explained share of the target's variance; for codes the
     accuracy of those nearest to the expected latent beside that of the most frequent code; and
     what the trunk knows about actions, where a dataset has them: R2 of a kernel ridge from the
     prediction and from the readout to action chunks, fitted on 2 training episodes a task and on
-    as many as eval_batches hold."""
-    val = collect(model, cfg, val_loader, inputs_of)
+    many."""
+    val = collect(model, cfg, loaders["val"], inputs_of)
     error = (val["prediction"] - val["target"]) ** 2
     metrics = {"loss": val["loss"].mean(),
                "target_r2": 1 - error.mean() / val["target"].var(0).mean().clip(1e-12)}
@@ -411,26 +412,12 @@ def evaluate(model: LatentPolicy, cfg: Config, val_loader, fit_loader, inputs_of
         majority = [np.bincount(c).max() / len(c) for c in val["codes"].T]          # knows counts
         metrics |= {"accuracy": right.mean(), "accuracy_majority": np.mean(majority),
                     "accuracy_all_tokens": right.all(1).mean()}
-    if val["whole"].any():
-        fit = collect(model, cfg, fit_loader, inputs_of)
-        few = {name: value[first_episodes(fit)] for name, value in fit.items()}
-        for name, rows in {"few": few, "many": fit}.items():
-            for feature in ("prediction", "readout"):
-                if (value := action_r2(rows, val, feature)) is not None:
-                    metrics[f"action_r2_{name}_{feature}"] = value
+    for name in loaders.keys() - {"val"} if val["whole"].any() else ():
+        fit = collect(model, cfg, loaders[name], inputs_of)
+        for feature in ("prediction", "readout"):
+            if (value := action_r2(fit, val, feature)) is not None:
+                metrics[f"action_r2_{name}_{feature}"] = value
     return metrics
-
-
-def first_episodes(rows: dict, number: int = 2) -> np.ndarray:
-    """Which of M rows, bool (M,), are of the first labelled episodes of their instruction."""
-    chosen = {}
-    for row in zip(rows["dataset"], rows["instruction"], rows["episode"], rows["whole"]):
-        *task, episode, whole = row
-        episodes = chosen.setdefault(tuple(task), [])
-        if whole and episode not in episodes and len(episodes) < number:
-            episodes.append(episode)
-    return np.array([e in chosen[d, text] for d, text, e in
-                     zip(rows["dataset"], rows["instruction"], rows["episode"])])
 
 
 def action_r2(fit: dict, val: dict, feature: str) -> float | None:
@@ -544,11 +531,10 @@ def main(cfg: Config) -> int:
     load = partial(data_oxe.Loader, image_size=max(labeller.image_size, trunk.image_size),
                    horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk)
     loader = load(cfg, "train", local, seed=cfg.seed, rank=rank, world=world)
-    val_loader = load(cfg, "val", 64, seed=1, shuffle_mb=8)
-    fit_loader = load(replace(cfg, pairs_per_episode=0), "train", 64, seed=2, shuffle_mb=8)
+    loaders = evaluation_loaders(cfg, load)
     labeller.check(cfg, loader)
 
-    target = make_target(cfg, labeller, load(cfg, "train", 64, seed=2, shuffle_mb=8), device)
+    target = make_target(cfg, labeller, loaders["many"], device)
     model = LatentPolicy(cfg, trunk, target).to(device)
     optimizer = make_optimizer(cfg, model)
     made_of = next(target.buffers()).clone()                # codebook, mean latent, or mean action
@@ -571,7 +557,7 @@ def main(cfg: Config) -> int:
         stop, last = stop_flag(step), step == cfg.steps
         if not stop and (last or step % cfg.eval_every == 0):
             with log.paused():
-                metrics = evaluate(model, cfg, val_loader, fit_loader, inputs_of)
+                metrics = evaluate(model, cfg, loaders, inputs_of)
                 first = first or metrics
             log.validation(step, metrics, describe(metrics))
         if stop or last or (step > start and step % cfg.save_every == 0):
@@ -619,6 +605,17 @@ def check(cfg: Config):
         cfg.lr = 1e-3 if tiny else 1e-4
     if cfg.warmup_steps is None:
         cfg.warmup_steps = min(50 if tiny else 1000, cfg.steps // 4)
+
+
+def evaluation_loaders(cfg, load) -> dict:
+    """Held-out episodes, and training episodes to fit probes on: many, and, of a dataset that is
+    not too large to look for them, two of each instruction."""
+    loaders = {"val": load(cfg, "val", 64, seed=1, shuffle_mb=8),
+               "many": load(cfg, "train", 64, seed=2, shuffle_mb=8)}
+    if sum(plan.used for plan in loaders["many"].plans) <= 5000:
+        few = replace(cfg, pairs_per_episode=0, episodes_per_task=cfg.episodes_per_task or 2)
+        loaders["few"] = load(few, "train", 64, seed=2, shuffle_mb=8)
+    return loaders
 
 
 @torch.no_grad()
