@@ -1,0 +1,90 @@
+"""Table and plot of what label_efficiency.sh measured: python sbatch/label_efficiency.py OUT
+
+Reads OUT/TASKSET+LEVEL/ARM+SEED/demosD_stepsN_seedF/rollout/results.json. A rate is the mean over
+runs, its interval the 95% of a bootstrap that draws runs, and episodes within them.
+"""
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+matplotlib.use("Agg")
+NAME = re.compile(r"(?P<setting>[a-z]+\d+)/(?P<arm>[a-z]+3?)(?P<seed>\d)/"
+                  r"demos(?P<demos>\d+)_steps(?P<steps>\d+)_seed(?P<again>\d+)/rollout")
+
+
+def read(out: Path) -> dict:
+    """{(setting, arm, demos, steps): [successes of a run, bool (episodes,), ...]}"""
+    cells = {}
+    for path in sorted(out.glob("*/*/*/rollout/results.json")):
+        found = NAME.fullmatch(str(path.parent.relative_to(out)))
+        if found:
+            key = found["setting"], found["arm"], int(found["demos"]), int(found["steps"])
+            episodes = json.loads(path.read_text())["episodes"]
+            cells.setdefault(key, []).append(np.array([e["success"] for e in episodes]))
+    return cells
+
+
+def interval(runs: list[np.ndarray]) -> tuple[float, float, float]:
+    """Mean success and its 95% interval."""
+    rng, means = np.random.default_rng(0), []
+    for _ in range(1000):
+        drawn = [runs[i] for i in rng.integers(len(runs), size=len(runs))]
+        means.append(np.mean([rng.choice(run, len(run)).mean() for run in drawn]))
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(np.mean([run.mean() for run in runs])), float(low), float(high)
+
+
+def main(out: Path):
+    cells = {key: (*interval(runs), len(runs)) for key, runs in sorted(read(out).items())}
+    if not cells:
+        raise SystemExit(f"label_efficiency: no results in '{out}'")
+    with (out / "results.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow("setting arm demos steps success low high runs".split())
+        writer.writerows([*key, *map("{:.3f}".format, value[:3]), value[3]]
+                         for key, value in cells.items())
+    lines = ["| video | demonstrations | arm | iterations | success [95%] | runs |",
+             "|" + "---|" * 6]
+    for (setting, arm, demos, steps), (mean, low, high, n) in cells.items():
+        lines.append(f"| {setting} | {demos} | {arm} | {steps} "
+                     f"| {mean:.2f} [{low:.2f}, {high:.2f}] | {n} |")
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    plot(cells, out / "success.png")
+    print(f"{out}/table.md, results.csv, success.png")
+
+
+def plot(cells: dict, path: Path):
+    """A row a setting: success over demonstrations after the most iterations, and over iterations
+    with two demonstrations, or as many as there are."""
+    settings, arms = (sorted({key[i] for key in cells}) for i in (0, 1))
+    most = max(key[3] for key in cells)
+    demos = 2 if any(key[2] == 2 for key in cells) else max(key[2] for key in cells)
+    fig, axes = plt.subplots(len(settings), 2, figsize=(9, 3.2 * len(settings)), squeeze=False)
+    for row, setting in zip(axes, settings):
+        for arm in arms:
+            mine = {key[2:]: v for key, v in cells.items() if key[:2] == (setting, arm)}
+            over_demos = {d: v for (d, n), v in mine.items() if n == most}
+            over_steps = {n: v for (d, n), v in mine.items() if d == demos}
+            for ax, curve in zip(row, (over_demos, over_steps)):
+                if curve:
+                    mean, low, high, _ = np.array(list(curve.values())).T
+                    ax.errorbar(list(curve), mean, (mean - low, high - mean), label=arm,
+                                marker="o", capsize=2)
+        row[0].set(title=f"{setting}, {most} iterations", xlabel="demonstrations a task")
+        row[1].set(title=f"{setting}, {demos} demonstrations", xlabel="iterations")
+        for ax in row:
+            ax.set(ylim=(0, 1), ylabel="success")
+        row[1].legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
