@@ -364,9 +364,10 @@ def to_inputs(batch: dict, cfg: Config, labeller, trunk: Trunk, tokens, device) 
     if cfg.null == "frame":
         frames = torch.stack([frames[:, 0], frames[:, 0]], 1)
     codes, latents = labeller(frames)                                   # (B, S), (B, S, D)
+    target = {"codes": codes} if cfg.targets == "codes" else {"latents": latents}
     if cfg.null == "permuted":
-        codes, latents = codes.roll(1, 0), latents.roll(1, 0)           # of the batch's pairs
-    return inputs | ({"codes": codes} if cfg.targets == "codes" else {"latents": latents})
+        target = {name: x.roll(1, 0) for name, x in target.items()}     # of the batch's pairs
+    return inputs | target
 
 
 @torch.no_grad()
