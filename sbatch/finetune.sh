@@ -14,5 +14,5 @@
 set -euo pipefail
 source .venv/bin/activate
 exec torchrun --standalone --nproc_per_node=4 --shutdown-timeout=110 finetune.py \
-  --mix bridge --init runs/vla/stage2 --chunk 50 --head-width 1024 --head-depth 4 \
+  --mix bridge --init runs/vla/stage2 --chunk 50 --head-width 1024 \
   --batch-size 256 --steps 20000 --final-lr 0.025 --grad-clip 10 --dtype bfloat16 --wandb "$@"

@@ -64,10 +64,9 @@ def expert_pictures(task, seed, steps):
 
 
 def stage_args(stage, data, stages):
-    labeller = ["--laq-ckpt", stages / "laq/laq.pt2"]
-    extra = {"laq": [], "vla": labeller,
-             "finetune": ["--init", stages / "vla/stage2", "--episodes-per-task", 2, *labeller]}
-    extra = extra[stage]
+    extra = {"laq": [], "vla": ["--laq-ckpt", stages / "laq/laq.pt2"],
+             "finetune": ["--init", stages / "vla/stage2", "--episodes-per-task", 2,
+                          "--laq-ckpt", "pooled"]}[stage]
     return ["--data", data, *extra, *TINY]
 
 

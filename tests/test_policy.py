@@ -1,18 +1,22 @@
 """vla.py and finetune.py: trunk, heads, hand-over files and their faults, tiny, on CPU, offline."""
 import contextlib
+import copy
 import json
 import shutil
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 import torch
 import tyro
-from common import OnlyMeta
+from common import TINY, OnlyMeta
 
 import data_oxe
 import finetune
+import laq
+import test_pt2
 import vla
-from test_laq import loader_of, overfit
+from test_laq import loader_of, model_of, overfit
 
 
 def batch_of(device, n=8, datasets=1):
@@ -159,7 +163,159 @@ def test_long_instructions_are_not_cut_in_silence(capsys):
     assert capsys.readouterr().err.count(said) == 1
 
 
+# ------------------------------------------------------------ closed forms
+def test_kernel_ridge_knows_what_it_would_say_of_a_left_out_episode():
+    """Its r2, which chooses kernel and penalty, is that of real fits without each episode (in the
+    units of all rows); few rows tell a smooth function, and noise tells nothing."""
+    torch.manual_seed(0)
+    episode = np.arange(90) // 9
+    x, other = torch.randn(90, 2), 100 * torch.randn(90, 1)
+    y = torch.stack([(2 * x[:, 0]).sin() + x[:, 1], x[:, 0] * x[:, 1] + other[:, 0] / 100], 1)
+    ridge = finetune.KernelRidge([x, other], y, episode)
+    inside, rows = ridge.distance([x, other]), np.random.default_rng(0).permutation(90)
+    kernel, truth = (-ridge.width * inside[rows]).exp(), (y - y.mean(0))[rows].double()
+    left, weights = truth - kernel @ ridge.weights, ridge.weights
+    penalty = (left * weights).sum() / weights.square().sum()
+    error = 0.0
+    for e in range(10):
+        out = torch.from_numpy(episode[rows] == e)
+        gram = kernel[~out][:, ~out] + penalty * torch.eye(81)
+        fitted = torch.linalg.solve(gram, truth[~out])
+        error += (kernel[out][:, ~out] @ fitted - truth[out]).square().sum()
+    assert ridge.r2 == pytest.approx(1 - (error / truth.square().sum()).item(), abs=1e-6)
+
+    wave = torch.linspace(-2, 2, 200)[:, None]
+    fit = finetune.KernelRidge([wave[::5]], (2 * wave[::5]).sin(), np.arange(40))
+    held_out = wave[2::5]
+    assert finetune.r2_of_all(fit([held_out]), (2 * held_out).sin(), torch.ones(1)) > 0.9
+    assert fit.r2 > 0.9
+    assert finetune.KernelRidge([x, other], torch.randn(90, 2), episode).r2 < 0.1
+
+
+@pytest.fixture(scope="module")
+def at_the_start(data):
+    """A policy before its first step, its settings, tokens and held-out episodes."""
+    cfg = finetune.Config(data=str(data), init="none", val_fraction=0.2, eval_batches=6,
+                          laq_ckpt="pooled")
+    torch.manual_seed(0)
+    trunk, tokenizer = finetune.load_trunk("tiny", 16)
+    tokens, device = finetune.Tokens(tokenizer, 32), torch.device("cpu")
+    train, val = (data_oxe.Loader(cfg, split, 64, 64, horizon_s=0.0, chunk=cfg.chunk, seed=seed)
+                  for split, seed in (("train", 0), ("val", 1)))
+    return finetune.make_model(cfg, trunk, tokens, train, device), cfg, tokens, val
+
+
+def test_iteration_0_acts_and_the_best_weights_are_kept(at_the_start):
+    """The closed-form read-out errs less than the mean action on held-out episodes; what training
+    spoils later does not reach the export."""
+    model, cfg, tokens, val = at_the_start
+    best, spoilt = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        best.linear.bias.fill_(7)
+        spoilt.linear.bias.add_(2)
+    seen = [finetune.evaluate(x, best, cfg, val, tokens, torch.device("cpu"))
+            for x in (spoilt, model, spoilt)]
+    first, good, last = (m["action_error"] for m in seen)
+    assert good < 0.9 * seen[1]["action_error_mean_action"] and first == last > good
+    assert best.error == pytest.approx(good)
+    for name, value in model.named_parameters():
+        assert torch.equal(value, best.get_parameter(name)), name
+
+
+def test_video_is_decoded(data, at_the_start):
+    """From latents that hold the actions, held-out actions come back, better than from pictures;
+    of a video batch neither actions nor state are looked at."""
+    model, cfg, tokens, val = at_the_start
+    chunks, mix = {}, torch.randn(32, 24)
+    for episode in tfds.builder_from_directory(
+            str(data / "metaworld_corner4/1.0.0")).as_dataset(split="train"):
+        steps = list(episode["steps"].as_numpy_iterator())
+        actions = np.stack([step["action"] for step in steps] + 8 * [steps[-1]["action"]])
+        for t, step in enumerate(steps):
+            chunks[step["observation"]["image"].tobytes()] = actions[t:t + 8].ravel()
+
+    class Telling(finetune.PooledDifference):
+        def __call__(self, frames):
+            chunk = np.stack([chunks[x.numpy().tobytes()] for x in frames[:, 0]])
+            return None, (torch.from_numpy(chunk).float() @ mix)[:, None]
+    device = torch.device("cpu")
+    decoder = finetune.Decoder(cfg, model, Telling(), tokens, device)
+    m = decoder.metrics
+    assert m["r2"] > 0.8 and m["rows"] > 100
+    assert m["r2"] > max(m["r2_pooled_difference"], m["r2_readout_alone"]) + 0.1
+    batch = data_oxe.to_device(next(val.peek(1)), device, 64)
+    video = {name: batch[name] for name in ("frames", "instruction", "dataset")}
+    inputs = finetune.to_inputs(video, model, tokens, device, decoder)
+    assert inputs["is_video"].all() and inputs["weight"].min() == 1
+    assert (inputs["state"] == model.state_offset[0]).all()
+    assert torch.equal(inputs["chunk"], decoder(video))
+    labelled = finetune.to_inputs(batch, model, tokens, device)
+    assert not labelled["is_video"].any() and labelled.keys() == inputs.keys()
+    mask = batch["action_mask"].all(1)
+    near, far = ((inputs["chunk"] - chunk)[mask].square().mean()
+                 for chunk in (labelled["chunk"], labelled["chunk"].roll(1, 0)))
+    assert near < 0.3 * far
+    parts = model({name: torch.cat([labelled[name], inputs[name]]) for name in inputs})
+    assert min(parts["labelled"], parts["video"]) > 0
+
+
+# ------------------------------------------------------------ controls
+def test_null_controls_label_other_pairs(data):
+    """--null permuted: another sample's latents; --null frame: those of the frame and itself."""
+    trunk, tokenizer = vla.load_trunk("tiny", 16)
+    device, seen = torch.device("cpu"), {}
+    batch = data_oxe.to_device(next(iter(loader_of(data, "train", 8, chunk=8))), device, 64)
+    for null in ("", "permuted", "frame"):
+        cfg = vla.Config(laq_ckpt="pooled", targets="vectors", null=null)
+        seen[null] = vla.to_inputs(batch, cfg, vla.PooledDifference(), trunk,
+                                   vla.Tokens(tokenizer, 32), device)
+        assert torch.equal(seen[null]["images"], batch["frames"][:, 0])
+        assert torch.equal(seen[null]["ids"], seen[""]["ids"])
+    true, permuted, still = (seen[x]["latents"] for x in ("", "permuted", "frame"))
+    assert true.abs().amax((1, 2)).min() > 0 and not still.any()
+    assert torch.equal(permuted.sum(0), true.roll(1, 0).sum(0))
+    assert all(not torch.equal(a, b) for a, b in zip(true, permuted))
+
+
+@pytest.mark.parametrize("args", [["--mode", "actions"],
+                                  ["--laq-ckpt", "pooled", "--targets", "vectors"]])
+def test_stage_2_without_a_labeller(args, data, tmp_path, capsys, monkeypatch):
+    """The oracle and the pooled control run to their report and give a trunk that finetune reads,
+    without a laq.pt2."""
+    monkeypatch.setattr(vla.signal, "signal", lambda *args: None)
+    args = [*args, "--data", data, "--out", tmp_path, "--steps", 2, *TINY]
+    assert vla.main(tyro.cli(vla.Config, args=[*map(str, args)])) == 0
+    out = capsys.readouterr().out
+    assert "report card" in out and "actions from 2 labelled episodes a task" in out
+    cfg = finetune.Config(init=str(tmp_path / "stage2"))
+    trunk, _ = finetune.load_stage2(cfg, finetune.read_stage2(cfg))
+    state = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+    assert torch.equal(trunk.readout, state["trunk.readout"])
+
+
 # ------------------------------------------------------------ hand-over
+def test_a_labeller_of_the_first_schema_gives_the_vectors_of_its_codes(data, tmp_path, monkeypatch):
+    class First(laq.ExportedLabeller):
+        def forward(self, frames):
+            return super().forward(frames)[:2]
+    monkeypatch.setattr(laq, "ExportedLabeller", First)
+    model, loader = model_of(out=str(tmp_path)), loader_of(data, "val", 4)
+    laq.export(model, model.cfg, 0, loader)
+    members = test_pt2.read(tmp_path / "laq.pt2")
+    for schema in (b"laq.v1", b"laq.v3"):
+        older = {name: content.replace(b"laq.v2", schema) if name == "extra/manifest.json"
+                 else content for name, content in members.items()}
+        test_pt2.write(tmp_path / f"{schema.decode()}.pt2", older)
+    labeller = vla.load_labeller(str(tmp_path / "laq.v1.pt2"), torch.device("cpu"))
+    assert labeller.manifest["schema"] == "laq.v1"
+    frames = torch.from_numpy(next(iter(loader))["frames"])
+    codes, latents = labeller(frames)
+    assert torch.equal(codes, model.encode(frames)[0])
+    assert torch.equal(latents, labeller.lookup(codes))
+    with pytest.raises(SystemExit, match="schema is 'laq.v3', expected 'laq.v2'"):
+        vla.load_labeller(str(tmp_path / "laq.v3.pt2"), torch.device("cpu"))
+
+
 def test_pretrained_trunk_by_name(tmp_path):
     """A SmolVLM2 folder loads with its weights, cut to fewer layers; without weights, or with half
     of them, it is an error."""
