@@ -75,7 +75,7 @@ class Config(data_oxe.DataConfig):
     trunk: str = "tiny"                     # 'tiny' (random, 64 px), or a SmolVLM2 name or folder
     text_layers: int = 16                   # of the language model that are kept, as in SmolVLA
     text_len: int = 32                      # instruction tokens; longer ones are cut
-    head_width: int = 256                   # hidden units of the action head
+    head_width: int = 256                   # hidden units of the head
     chunk: int = 8                          # C, actions predicted at once
     use_state: bool = True                  # give the head the robot's proprioception
     blind: bool = False                     # control: a black image, also in the exported policy

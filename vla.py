@@ -74,7 +74,7 @@ class Config(data_oxe.DataConfig):
     trunk: str = "tiny"                     # 'tiny' (random, 64 px), or a SmolVLM2 name or folder
     text_layers: int = 16                   # of the language model that are kept, as in SmolVLA
     text_len: int = 32                      # instruction tokens; longer ones are cut
-    head_width: int = 256                   # of the flow-matching head
+    head_width: int = 256                   # hidden units of the head
     head_depth: int = 2                     # residual blocks of the flow-matching head
 
     # optimization
