@@ -66,7 +66,7 @@ class Config(data_oxe.DataConfig):
     # what is predicted
     mode: Literal["latents", "actions"] = "latents"     # or the oracle: true actions of all video
     laq_ckpt: str = "runs/laq/laq.pt2"      # laq.py's labeller; 'pooled', a control; '': none
-    targets: Literal["vectors", "codes"] = "codes"    # latents: unquantized, or of the codes
+    targets: Literal["vectors", "codes"] = "vectors"    # latents: unquantized, or of the codes
     null: Literal["", "permuted", "frame"] = ""     # control: other pairs' latents, or still pairs'
     chunk: int = 8                          # C, actions predicted at once
 
@@ -119,8 +119,8 @@ class LatentPolicy(nn.Module):
         return {"flow": self.head.loss(target, readout, weight)}
 
     def predict(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a flow from noise to targets, one Euler step gives their mean, from wherever it starts;
-        as far out as the noise that the head knows."""
+        """Of a flow from noise to targets one Euler step gives their mean, wherever it starts: here
+        as far out as the noise that the head has seen."""
         readout = self.trunk(batch["images"], batch["ids"], batch["mask"])          # (B, W)
         noise = torch.ones_like(readout[:, :1]).expand(-1, self.target.width)
         return readout, self.head.sample(readout, noise)
