@@ -339,7 +339,7 @@ def test_pictures_are_resized_as_the_loader_does():
     ("vla.py", ["--laq-ckpt", "/nowhere.pt2"], "no labeller at --laq-ckpt '/nowhere.pt2'"),
     ("vla.py", ["--laq-ckpt", "LAQ", "--trunk", "Org/absent"],
      "no pretrained SmolVLM2 at 'Org/absent'"),
-    ("vla.py", ["--laq-ckpt", "pooled"], "pooled has no codes; give --targets vectors"),
+    ("vla.py", ["--laq-ckpt", "pooled", "--targets", "codes"], "pooled has no codes; give --targets vectors"),
     ("vla.py", ["--mode", "actions", "--null", "frame"], "--null frame is a control of latents"),
     ("vla.py", ["--laq-ckpt", ""], "--mode latents needs --laq-ckpt"),
     ("finetune.py", ["--init", "/nowhere"], "no stage2 folder at --init '/nowhere'"),
