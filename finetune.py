@@ -187,6 +187,9 @@ class Decoder:
         fit_loader = load(replace(cfg, pairs_per_episode=pairs), "train", 64, seed=2, shuffle_mb=8)
         labeller.check(cfg, fit_loader)
         fit = self.collect(model, fit_loader, math.ceil(KernelRidge.most / 64))
+        if len(np.unique(fit["episode"])) < 2:
+            fail(f"--laq-ckpt '{cfg.laq_ckpt}': a decoder is fitted on frame pairs of two labelled "
+                 f"episodes at least, --mix '{cfg.mix}' has fewer")
         val = self.collect(model, load(cfg, "val", 64, seed=1, shuffle_mb=8), cfg.eval_batches)
         maps, self.metrics = {}, {"rows": len(fit["chunk"])}
         for name, features in {"": ("latent", "readout"), "_pooled_difference":
@@ -564,7 +567,8 @@ class Sources:
             self.loaders.append(load(every, batch_size=video,
                                      image_size=max(image_size, labeller.image_size),
                                      horizon_s=labeller.manifest["config"]["horizon_s"]))
-            labeller.check(every, self.loaders[1])
+            if cfg.video:                                               # --mix: see Decoder
+                labeller.check(every, self.loaders[1])
 
     def to(self, device):
         return zip(*(loader.to(device) for loader in self.loaders))
