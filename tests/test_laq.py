@@ -190,7 +190,7 @@ def test_a_mix_is_measured_dataset_by_dataset(monkeypatch):
 
     class Loader:
         names, motion_dims = ("big", "small"), {"big": [0, 1], "small": [0, 1]}
-    m = laq.evaluate(None, None, cfg, dict.fromkeys(("val", "fit", "few"), Loader), None)
+    m = laq.evaluate(None, None, cfg, dict.fromkeys(("val", "many", "few"), Loader), None)
     assert m["big/samples"] == 400 and m["small/samples"] == 20 and m["samples"] == 420
     assert m["big/probe_r2"] > 0.9 and "small/probe_r2" not in m and "big/probe_r2_2" not in m
     assert m["codes_used"] == 1 and m["big/codes_used"] == m["small/codes_used"] == 0.5

@@ -52,15 +52,13 @@ def test_stage_2_can_learn_a_batch_by_heart(target, data, stages):
     inputs = vla.to_inputs(tensors, cfg, labeller, trunk, vla.Tokens(tokenizer, 16), device)
     if target == "codes":                                   # the fixture's hardly differ
         inputs["codes"] = torch.randint(0, 64, (8, 2))
-    overfit(model, lambda: model(inputs)["flow"], 150)
+    overfit(model, lambda: model(inputs)["flow"], 225 if target == "codes" else 150)
     with torch.no_grad():
         (truth, weight), (_, prediction) = model.target(inputs), model.predict(inputs)
+    error = ((prediction - truth).square() * weight).sum() / weight.sum()
+    assert error < 0.4 * (truth - truth.mean(0)).square().mean()
     if target == "codes":
-        nearest = model.target.nearest(prediction)
-        assert (nearest == inputs["codes"]).float().mean() > 0.9
-    else:
-        error = ((prediction - truth).square() * weight).sum() / weight.sum()
-        assert error < 0.3 * (truth - truth.mean(0)).square().mean()
+        assert (model.target.nearest(prediction) == inputs["codes"]).float().mean() > 0.8
 
 
 def test_a_policy_can_learn_a_batch_by_heart(data):
@@ -239,7 +237,7 @@ def test_video_is_decoded(data, at_the_start):
             chunk = np.stack([chunks[x.numpy().tobytes()] for x in frames[:, 0]])
             return None, (torch.from_numpy(chunk).float() @ mix)[:, None]
     device = torch.device("cpu")
-    decoder = finetune.Decoder(cfg, model, Telling(), tokens, device)
+    decoder = finetune.Decoder(cfg, model, 10, Telling(), tokens, device)
     m = decoder.metrics
     assert m["r2"] > 0.8 and m["rows"] > 100
     assert m["r2"] > max(m["r2_pooled_difference"], m["r2_readout_alone"]) + 0.1
