@@ -1794,7 +1794,7 @@ def transfer(model: LAQ, pairs: torch.Tensor, onto: torch.Tensor) -> torch.Tenso
     """Codes of uint8 pairs (B, 2, H, H, 3) applied to frames (B, H, H, 3) -> uint8 (B, H, H, 3)"""
     images = []
     for pair, frame in zip(pairs.split(64), onto.split(64)):
-        a = model.to_float(frame[:, None])[:, 0]
+        a = model.to_float(torch.stack([frame, frame], 1))[:, 0]
         images.append(to_uint8(model.decoder(a, model.encode(pair)[1])[0]))
     return torch.cat(images)
 
