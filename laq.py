@@ -724,7 +724,7 @@ def collect(model: LAQ, control: LAQ, cfg: Config, loader, device, decoded: bool
         row = {name: value.cpu().numpy() for name, value in row.items()}
         flow = optical_flow(frames.cpu().numpy())
         row |= {"mean_flow": flow.mean((2, 3)), "main_flow": weighted_flow(flow),
-                "instruction": np.array(batch["instruction"], object), "whole": batch["has_action"],
+                "instruction": np.array(batch["instruction"], object),
                 **{k: batch[k] for k in ("action_sum", "dataset", "episode", "state")}}
         if keep:
             row["frames"] = frames.cpu().numpy()
@@ -1269,7 +1269,7 @@ def load_raft(device):
     net = net.eval().requires_grad_(False).to(device)
 
     def flow(frames):
-        images = (2 * LAQ.to_float(frames)).flatten(0, 1)               # (2B, 3, H, H) in -1..1
+        images = frames.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1       # (2B, 3, H, H)
         images = F.interpolate(images, (128, 128), mode="bilinear", antialias=True)
         a, b = images.unflatten(0, (-1, 2)).unbind(1)
         pixels = net(a.contiguous(), b.contiguous(), num_flow_updates=6)[-1]

@@ -159,7 +159,10 @@ class Vectors(nn.Module):
         basis = basis[:width].T                                         # (S*D, N)
         self.width = basis.shape[1]
         self.register_buffer("center", center)
-        self.register_buffer("basis", basis / ((latents - center) @ basis).std())
+        deviation = ((latents - center) @ basis).std()
+        if not deviation > 0:
+            fail("the labeller gives all pairs the same latents, of which nothing can be learned")
+        self.register_buffer("basis", basis / deviation)
 
     def forward(self, batch: dict):
         latents = batch["latents"].flatten(1)

@@ -173,7 +173,6 @@ def samples_of(rng, dataset, n, K=8):
             "vectors": np.eye(K)[codes].reshape(n, -1), "latents": np.eye(K)[codes].reshape(n, -1),
             "control": rng.standard_normal((n, 2 * K)), "difference": rng.random((n, 3)),
             "control_latents": rng.standard_normal((n, 2 * K)), "episode": np.arange(n) // 40,
-            "whole": np.full(n, True),
             "pooled": rng.random((n, 192)), "mean_flow": rng.random((n, 2)),
             "mse": np.full((n, 4), 0.01), "ssim": np.full((n, 2), 0.9), "action_sum": motion,
             "dataset": np.full(n, dataset), "instruction": np.full(n, "go", object)}
