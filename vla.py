@@ -394,7 +394,6 @@ def collect(model: LatentPolicy, cfg: Config, loader, inputs_of) -> dict:
         row = {name: value.cpu().numpy() for name, value in row.items()}
         whole = batch["has_action"] & batch["action_mask"].all(1)
         row |= {"actions": batch["actions"].reshape(len(whole), -1), "whole": whole,
-                "instruction": np.array(batch["instruction"], object),
                 "dataset": batch["dataset"], "episode": batch["episode"]}
         rows.append(row)
     model.train()
@@ -416,7 +415,9 @@ def evaluate(model: LatentPolicy, cfg: Config, loaders: dict, inputs_of) -> dict
         majority = [np.bincount(c).max() / len(c) for c in val["codes"].T]          # knows counts
         metrics |= {"accuracy": right.mean(), "accuracy_majority": np.mean(majority),
                     "accuracy_all_tokens": right.all(1).mean()}
-    for name in loaders.keys() - {"val"} if val["whole"].any() else ():
+    for name in ("few", "many") if val["whole"].any() else ():
+        if name not in loaders:
+            continue
         fit = collect(model, cfg, loaders[name], inputs_of)
         for feature in ("prediction", "readout"):
             if (value := action_r2(fit, val, feature)) is not None:
