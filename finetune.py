@@ -227,6 +227,8 @@ class Decoder:
             places = list(zip(*(batch[name].tolist() for name in ("dataset", "episode", "step"))))
             new = np.array([place not in seen for place in places])
             seen.update(places)
+            if not new.any():                                           # all have been read
+                break
             new &= batch["has_action"] & batch["action_mask"].all(1)
             tensors = data_oxe.to_device(batch, self.device, loader.image_size)
             row = {"latent": self.latent(tensors), "readout": self.readout(tensors),

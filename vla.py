@@ -159,10 +159,7 @@ class Vectors(nn.Module):
         basis = basis[:width].T                                         # (S*D, N)
         self.width = basis.shape[1]
         self.register_buffer("center", center)
-        deviation = ((latents - center) @ basis).std()
-        if not deviation > 0:
-            fail("the labeller gives all pairs the same latents, of which nothing can be learned")
-        self.register_buffer("basis", basis / deviation)
+        self.register_buffer("basis", basis / ((latents - center) @ basis).std())
 
     def forward(self, batch: dict):
         latents = batch["latents"].flatten(1)
@@ -636,7 +633,10 @@ def make_target(cfg: Config, labeller, loader, device) -> nn.Module:
         return Codes(labeller.codebook)
     size = loader.image_size
     frames = (data_oxe.to_device(b, device, size)["frames"] for b in loader.peek(cfg.eval_batches))
-    return Vectors(torch.cat([labeller(x)[1].flatten(1) for x in frames]))
+    latents = torch.cat([labeller(x)[1].flatten(1) for x in frames])
+    if (latents == latents[0]).all():
+        fail("the labeller gives all pairs the same latents, of which nothing can be learned")
+    return Vectors(latents)
 
 
 def flops_a_sample(model: LatentPolicy, cfg: Config, device) -> int:
