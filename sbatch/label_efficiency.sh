@@ -26,7 +26,7 @@ EPISODES=${EPISODES:-30} LAQ=${LAQ:-600} VLA=${VLA:-600} ROLLOUTS=${ROLLOUTS:-50
 TRAIN="--overwrite --save-every 1000000"
 if [ "${1:-}" = --smoke ]; then
   OUT=runs/label_efficiency_smoke ARMS="learned learned3 permuted oracle none" SEEDS=0
-  FINETUNE_SEEDS=0 DEMOS=2 ITERATIONS="0 8" TASKSETS=two EPISODES=4 LAQ=8 VLA=8 ROLLOUTS=1
+  FINETUNE_SEEDS=0 DEMOS=2 ITERATIONS="0 8" TASKSETS=two VIDEOS=50 EPISODES=4 LAQ=8 VLA=8 ROLLOUTS=1
   MAX_STEPS=40 TRAIN="$TRAIN --eval-batches 1"
 fi
 mkdir -p "$OUT"
