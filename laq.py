@@ -210,8 +210,13 @@ class LAQ(nn.Module):
         return F.layer_norm(z.float(), (self.cfg.code_dim,))
 
     def encode(self, frames):
-        codes = self.quantizer.codes(self.outputs(frames))
-        return codes, self.quantizer.lookup(codes)
+        return self.labels(frames)[:2]
+
+    def labels(self, frames):
+        """-> codes and vectors as encode gives them, and the unquantized latents (B, S, D)"""
+        latents = self.outputs(frames)
+        codes = self.quantizer.codes(latents)
+        return codes, self.quantizer.lookup(codes), latents
 
     def pixel_weight(self, a, b):
         """(B, 1, H, H): more where the frames differ; of mean 1 in each sample, so that samples
@@ -680,13 +685,14 @@ def sample(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def label(model: LAQ, control: LAQ, frames) -> dict:
     """What probes read of uint8 pairs (B, 2, H, H, 3), as tensors of B rows."""
-    codes, latent = model.encode(frames)
+    codes, vectors, latents = model.labels(frames)
+    _, its_vectors, its_latents = control.labels(frames)
     a, b = model.to_float(frames).unbind(1)                             # (B, 3, H, H) each
     return {"codes": codes,                                             # (B, S)
-            "vectors": latent.flatten(1),                               # (B, S*D)
-            "latents": model.outputs(frames).flatten(1),                # unquantized
-            "control": control.encode(frames)[1].flatten(1),
-            "control_latents": control.outputs(frames).flatten(1),
+            "vectors": vectors.flatten(1),                              # (B, S*D)
+            "latents": latents.flatten(1),                              # unquantized
+            "control": its_vectors.flatten(1),
+            "control_latents": its_latents.flatten(1),
             "difference": (b - a).mean((2, 3)),                         # (B, 3)
             "pooled": F.adaptive_avg_pool2d(b - a, 8).flatten(1)}       # (B, 192)
 
@@ -1191,9 +1197,7 @@ class ExportedLabeller(nn.Module):
         self.model = model
 
     def forward(self, frames):
-        latents = self.model.outputs(frames)                            # (B, S, D)
-        codes = self.model.quantizer.codes(latents)
-        return codes, self.model.quantizer.lookup(codes), latents
+        return self.model.labels(frames)
 
 
 @torch.no_grad()
