@@ -559,11 +559,7 @@ class Sources:
         self.labelled = load(cfg, batch_size=local - video, image_size=image_size, horizon_s=0.0)
         self.loaders = [self.labelled]
         self.episodes = sum(plan.used for plan in self.labelled.plans)
-        widths = {plan.name: len(data_oxe.kinds_of(plan.entry.action))
-                  for plan in self.labelled.plans}
-        if min(widths.values()) < max(1, self.labelled.action_dim):
-            fail(f"a policy learns actions of one width from all of --mix, but these are {widths} "
-                 f"wide")
+        check_widths(self.labelled)
         if labeller:
             every = replace(cfg, mix=cfg.video or cfg.mix, episodes_per_task=0)
             self.loaders.append(load(every, batch_size=video,
@@ -599,6 +595,13 @@ def check(cfg: Config, pretraining: dict):
         cfg.lr = 1e-3 if tiny else 1e-4
     if cfg.warmup_steps is None:
         cfg.warmup_steps = min(50 if tiny else 1000, cfg.steps // 4)
+
+
+def check_widths(loader):
+    """Exits where the datasets of a mix have actions of different widths, or none."""
+    widths = {plan.name: len(data_oxe.kinds_of(plan.entry.action)) for plan in loader.plans}
+    if min(widths.values()) < max(1, loader.action_dim):
+        fail(f"a policy learns actions of one width from all of --mix, but these are {widths} wide")
 
 
 def flops_a_sample(model: Policy, cfg: Config, device) -> int:

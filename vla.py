@@ -624,10 +624,7 @@ def evaluation_loaders(cfg, load) -> dict:
 def make_target(cfg: Config, labeller, loader, device) -> nn.Module:
     """What --mode and --targets name, with the units of the loader's first batches."""
     if cfg.mode == "actions":
-        widths = {p.name: len(data_oxe.kinds_of(p.entry.action)) for p in loader.plans}
-        if min(widths.values()) < max(1, loader.action_dim):
-            fail(f"--mode actions needs actions of one width in all of --mix, but these are "
-                 f"{widths} wide")
+        check_widths(loader)
         return Actions(statistics(loader, "meanstd"), cfg.chunk)
     if cfg.targets == "codes":
         return Codes(labeller.codebook)
@@ -637,6 +634,13 @@ def make_target(cfg: Config, labeller, loader, device) -> nn.Module:
     if (latents == latents[0]).all():
         fail("the labeller gives all pairs the same latents, of which nothing can be learned")
     return Vectors(latents)
+
+
+def check_widths(loader):
+    """Exits where the datasets of a mix have actions of different widths, or none."""
+    widths = {plan.name: len(data_oxe.kinds_of(plan.entry.action)) for plan in loader.plans}
+    if min(widths.values()) < max(1, loader.action_dim):
+        fail(f"a policy learns actions of one width from all of --mix, but these are {widths} wide")
 
 
 def flops_a_sample(model: LatentPolicy, cfg: Config, device) -> int:
