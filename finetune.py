@@ -168,11 +168,11 @@ class Policy(nn.Module):
 
 class Decoder:
     """What labelled episodes say about video. decoder(batch of frame pairs) -> normalized action
-    chunks (B, C, A), by kernel ridge from the pairs' latents and the readout of the trunk as it was
-    before any step: that knows the picture and the instruction.
+    chunks (B, C, A), by kernel ridge from the pairs' latents and the readouts of both frames, of
+    the trunk as it was before any step: that knows picture and instruction, before and after.
 
     metrics: held-out R2, beside that of pooled pixel differences in place of the latents and that
-    of the readout alone.
+    of the first frame's readout alone.
     """
 
     def __init__(self, cfg: Config, model: Policy, episodes: int, labeller, tokens, device):
@@ -192,8 +192,9 @@ class Decoder:
                  f"episodes at least, --mix '{cfg.mix}' has fewer")
         val = self.collect(model, load(cfg, "val", 64, seed=1, shuffle_mb=8), cfg.eval_batches)
         maps, self.metrics = {}, {"rows": len(fit["chunk"])}
-        for name, features in {"": ("latent", "readout"), "_pooled_difference":
-                               ("pooled", "readout"), "_readout_alone": ("readout",)}.items():
+        for name, features in {"": ("latent", "readout", "later_readout"),
+                               "_pooled_difference": ("pooled", "readout", "later_readout"),
+                               "_readout_alone": ("readout",)}.items():
             x, x_val = ([rows[feature] for feature in features] for rows in (fit, val))
             maps[name] = KernelRidge(x, fit["chunk"], fit["episode"])
             unit = fit["chunk"].std(0).clamp(min=1e-3)
@@ -201,8 +202,8 @@ class Decoder:
         self.map = maps[""]
 
     def __call__(self, batch: dict) -> torch.Tensor:
-        chunk = self.map([self.latent(batch), self.readout(batch)])     # (B, C*A)
-        return chunk.float().unflatten(1, self.shape)
+        features = [self.latent(batch), self.readout(batch, 0), self.readout(batch, 1)]
+        return self.map(features).float().unflatten(1, self.shape)
 
     @torch.no_grad()
     def latent(self, batch: dict):
@@ -210,8 +211,8 @@ class Decoder:
         return (latents if self.targets == "vectors" else self.labeller.lookup(codes)).flatten(1)
 
     @torch.no_grad()
-    def readout(self, batch: dict):
-        images = data_oxe.resize_to(batch["frames"][:, 0], self.trunk.image_size)
+    def readout(self, batch: dict, frame: int):
+        images = data_oxe.resize_to(batch["frames"][:, frame], self.trunk.image_size)
         return self.trunk(images, *self.tokens(batch["instruction"], self.device))
 
     def describe(self) -> str:
@@ -231,7 +232,8 @@ class Decoder:
                 break
             new &= batch["has_action"] & batch["action_mask"].all(1)
             tensors = data_oxe.to_device(batch, self.device, loader.image_size)
-            row = {"latent": self.latent(tensors), "readout": self.readout(tensors),
+            row = {"latent": self.latent(tensors), "readout": self.readout(tensors, 0),
+                   "later_readout": self.readout(tensors, 1),
                    "pooled": PooledDifference()(tensors["frames"])[1].flatten(1),
                    "chunk": model.normalized(tensors).flatten(1)}
             row = {name: value[torch.from_numpy(new)] for name, value in row.items()}
@@ -356,7 +358,7 @@ class KernelRidge:
         self.unit = [x.square().sum(1).mean() + 1e-12 for x in self.rows]
         members = [torch.from_numpy(np.flatnonzero(episode == e)) for e in np.unique(episode)]
         best, distance, y = math.inf, self.distance(features), y - self.mean
-        for width in (0.5, 1.0, 2.0):
+        for width in (0.1, 0.3, 1.0):
             values, vectors = torch.linalg.eigh((-width * distance).exp())
             projected = vectors.T @ y
             for penalty in (0.1, 0.3, 1.0):

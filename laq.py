@@ -911,7 +911,7 @@ class KernelRidge:
         self.unit = [x.square().sum(1).mean() + 1e-12 for x in self.rows]
         members = [torch.from_numpy(np.flatnonzero(episode == e)) for e in np.unique(episode)]
         best, distance, y = math.inf, self.distance(features), y - self.mean
-        for width in (0.5, 1.0, 2.0):
+        for width in (0.1, 0.3, 1.0):
             values, vectors = torch.linalg.eigh((-width * distance).exp())
             projected = vectors.T @ y
             for penalty in (0.1, 0.3, 1.0):

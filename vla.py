@@ -148,18 +148,20 @@ class Codes(nn.Module):
 
 
 class Vectors(nn.Module):
-    """Target: the principal components of a pair's unquantized latents, all in one unit, so that
-    what hardly varies hardly counts."""
+    """Target: the first principal components of a pair's unquantized latents, each of unit
+    variance. A few directions hold most of a latent's variance, and what moves most need not be
+    the robot."""
 
-    def __init__(self, latents: torch.Tensor, width: int = 64):
+    def __init__(self, latents: torch.Tensor, width: int = 16):
         """latents (M, S*D): a sample."""
         super().__init__()
         center = latents.mean(0)
-        _, _, basis = torch.linalg.svd(latents - center, full_matrices=False)
-        basis = basis[:width].T                                         # (S*D, N)
+        _, scale, basis = torch.linalg.svd(latents - center, full_matrices=False)
+        deviation = scale.clamp(min=1e-4 * scale[0]) / len(latents) ** 0.5
+        basis = (basis / deviation[:, None])[:width].T                  # (S*D, N)
         self.width = basis.shape[1]
         self.register_buffer("center", center)
-        self.register_buffer("basis", basis / ((latents - center) @ basis).std())
+        self.register_buffer("basis", basis)
 
     def forward(self, batch: dict):
         latents = batch["latents"].flatten(1)
@@ -458,7 +460,7 @@ class KernelRidge:
         self.unit = [x.square().sum(1).mean() + 1e-12 for x in self.rows]
         members = [torch.from_numpy(np.flatnonzero(episode == e)) for e in np.unique(episode)]
         best, distance, y = math.inf, self.distance(features), y - self.mean
-        for width in (0.5, 1.0, 2.0):
+        for width in (0.1, 0.3, 1.0):
             values, vectors = torch.linalg.eigh((-width * distance).exp())
             projected = vectors.T @ y
             for penalty in (0.1, 0.3, 1.0):
