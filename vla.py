@@ -96,7 +96,7 @@ class Config(data_oxe.DataConfig):
     log_every: int = 10                     # steps between lines of metrics.jsonl
     seed: int = 0                           # of weights, data order, noise and augmentation
     wandb: bool = False                     # also log to Weights & Biases
-    resume: str = ""                        # checkpoint last.pt to continue from, in its folder
+    resume: str = ""                        # last.pt to continue, in its folder; auto: OUT's, if any
     export_only: bool = False               # with --resume: write the hand-over again and stop
 
 
@@ -917,6 +917,9 @@ def check_run(cfg, world: int):
         fail(f"--micro-batch {cfg.micro_batch} does not divide the {local} samples a process")
     if not 0 <= cfg.final_lr <= 1:
         fail(f"--final-lr {cfg.final_lr} is a share of the peak learning rate, from 0 to 1")
+    if cfg.resume == "auto":
+        last = Path(cfg.out) / "last.pt"
+        cfg.resume = str(last) if last.is_file() else ""
     if cfg.export_only and not cfg.resume:
         fail("--export-only needs --resume CHECKPOINT")
     if cfg.resume:
@@ -958,7 +961,8 @@ def run(main, cfg):
     """Runs a stage and ends the process with the exit code that main returns.
 
     Processes of torchrun end without destructors: gloo's joins threads that may wait for the GIL,
-    which it holds. One that fails does not wait for the others.
+    which it holds. One that fails does not wait for the others, but before it tells an error that
+    may come of another's death, so that torchrun tells of that one first.
     """
     try:
         code = main(cfg)
@@ -966,6 +970,8 @@ def run(main, cfg):
         if not dist.is_initialized():
             raise
         code = error.code if isinstance(error, SystemExit) else traceback.format_exc()
+        if isinstance(error, RuntimeError):
+            time.sleep(5)
         if isinstance(code, str):                                       # or a signal's number
             print(code, file=sys.stderr)
             code = 1
@@ -1098,6 +1104,7 @@ class Logger:
 
     def open(self, start: int):
         """A resumed run keeps the lines before its step; a half-written one is left out."""
+        self.path.with_name("stopped").unlink(missing_ok=True)
         if not self.cfg.resume:
             (self.path.parent / "last.pt").unlink(missing_ok=True)      # of a run to --overwrite
         kept = []
@@ -1191,6 +1198,7 @@ class Logger:
         if self.wandb:
             self.wandb.finish()
         if self.on and stopped:
+            self.path.with_name("stopped").touch()                      # for sbatch/slurm.sh
             print(f"stopped; continue with --resume {self.cfg.out}/last.pt", file=sys.stderr)
         return 128 + stopped if stopped else 0
 

@@ -1,0 +1,70 @@
+# Sourced by the scripts that Slurm runs, from the repository root: how a stage is started on all
+# nodes of a job, stopped before its time is up, and continued. What a cluster may need, each an
+# environment variable:
+#   INTERFACE=ib0           network interface of NCCL and gloo, where they choose a wrong one
+#   CACHE=/scratch/me       where models, datasets and temporary files go; all nodes must see it
+#   CONTAINER=image.sqsh    run in this image (enroot with pyxis) instead of .venv
+if [ -n "${INTERFACE:-}" ]; then
+  export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
+fi
+if [ -n "${CACHE:-}" ]; then
+  export HF_HOME=$CACHE/huggingface TFDS_DATA_DIR=$CACHE/tfds TMPDIR=$CACHE/tmp
+  mkdir -p "$TMPDIR"
+fi
+if [ -n "${CONTAINER:-}" ]; then
+  container=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD"
+             --container-workdir="$PWD")
+else
+  container=()
+  source .venv/bin/activate
+fi
+processes=${SLURM_GPUS_ON_NODE:-1}                          # a node: one a GPU
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}         # srun does not take it from sbatch
+OMP_NUM_THREADS=$((SRUN_CPUS_PER_TASK / processes))
+export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
+if ! timeout 3 bash -c ': </dev/tcp/api.wandb.ai/443' 2>/dev/null; then
+  export WANDB_MODE=${WANDB_MODE:-offline}                  # later: wandb sync OUT/wandb/*
+fi
+
+launch() { # launch SCRIPT ARGUMENT...: one torchrun a node, which meet at the first; ends the job
+  local out=runs/${1%.py} first stage code=0
+  folder_of "$@"
+  mkdir -p "$out"
+  record "$@" >"$out/job_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.txt"
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+  trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1         # all processes but this shell
+  trap : TERM                                               # Slurm has told them
+  rm -f "$out/stopped"
+  srun --kill-on-bad-exit=1 "${container[@]}" torchrun \
+    --nnodes="$SLURM_NNODES" --nproc_per_node="$processes" --shutdown-timeout=50 \
+    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" \
+    --rdzv-endpoint="$first:$((10000 + SLURM_JOB_ID % 20000))" "$@" &
+  stage=$!
+  wait $stage || true                                       # a signal ends wait, not the stage
+  while kill -0 $stage 2>/dev/null; do wait $stage || true; done
+  wait $stage || code=$?
+  if [ -e "$out/stopped" ] && [ "$(squeue -h -o %T -j "$SLURM_JOB_ID")" = RUNNING ]; then
+    echo "stopped with a checkpoint; the job goes back to its queue"
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  exit $code
+}
+
+folder_of() { # folder_of ARGUMENT...: sets out to that of --out, if it is among them
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --out) out=$2 ;;
+      --out=*) out=${1#--out=} ;;
+    esac
+    shift
+  done
+}
+
+record() { # record ARGUMENT...: what a run is made of
+  echo "command: $*"
+  echo "hosts: $SLURM_JOB_NODELIST, $processes processes each"
+  echo "commit: $(git rev-parse HEAD 2>&1)"
+  git diff HEAD 2>&1 || true
+  srun --nodes=1 --ntasks=1 "${container[@]}" python -m pip freeze 2>&1 || true
+}
