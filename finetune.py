@@ -106,7 +106,7 @@ class Config(data_oxe.DataConfig):
     log_every: int = 10                     # steps between lines of metrics.jsonl
     seed: int = 0                           # of weights, data order, noise and augmentation
     wandb: bool = False                     # also log to Weights & Biases
-    resume: str = ""                        # last.pt to continue, in its folder; auto: OUT's, if any
+    resume: str = ""                        # last.pt to continue, in its folder; auto: OUT's if any
     export_only: bool = False               # with --resume: write the hand-over again and stop
 
 

@@ -26,12 +26,16 @@ if ! timeout 3 bash -c ': </dev/tcp/api.wandb.ai/443' 2>/dev/null; then
   export WANDB_MODE=${WANDB_MODE:-offline}                  # later: wandb sync OUT/wandb/*
 fi
 
-launch() { # launch SCRIPT ARGUMENT...: one torchrun a node, which meet at the first; ends the job
-  local out=runs/${1%.py} first stage code=0
+launch() { # launch SCRIPT ARGUMENT...: one torchrun a node, which meet at the first, where this runs
+  local out=runs/${1%.py} row stage code=0
+  if [ -n "${SWEEP:-}" ]; then                              # sweep.sh: this run's line of a file
+    read -ra row < <(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$SWEEP")
+    set -- "$@" "${row[@]}"
+  fi
   folder_of "$@"
   mkdir -p "$out"
-  record "$@" >"$out/job_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.txt"
-  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  [ -z "${RACE:-}" ] || win
+  record "$@" >"$out/job_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.txt" 2>&1 || true
 
   trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1         # all processes but this shell
   trap : TERM                                               # Slurm has told them
@@ -39,7 +43,7 @@ launch() { # launch SCRIPT ARGUMENT...: one torchrun a node, which meet at the f
   srun --kill-on-bad-exit=1 "${container[@]}" torchrun \
     --nnodes="$SLURM_NNODES" --nproc_per_node="$processes" --shutdown-timeout=50 \
     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" \
-    --rdzv-endpoint="$first:$((10000 + SLURM_JOB_ID % 20000))" "$@" &
+    --rdzv-endpoint="$(hostname):$((10000 + SLURM_JOB_ID % 20000))" "$@" &
   stage=$!
   wait $stage || true                                       # a signal ends wait, not the stage
   while kill -0 $stage 2>/dev/null; do wait $stage || true; done
@@ -61,10 +65,22 @@ folder_of() { # folder_of ARGUMENT...: sets out to that of --out, if it is among
   done
 }
 
+win() { # both.sh: this job has the run, and cancels the other, or the other way round
+  local mine=$SLURM_CLUSTER_NAME:$SLURM_JOB_ID lock=$out/race_$RACE cluster=${RIVAL%:*}
+  [ "$cluster" != "$RIVAL" ] || cluster=""
+  ln -s "$mine" "$lock" 2>/dev/null || true                 # atomic: one of two makes it
+  if [ "$(readlink "$lock")" != "$mine" ]; then
+    echo "this run started as job $(readlink "$lock") first"
+    scancel "$SLURM_JOB_ID"
+    exit 1
+  fi
+  scancel ${cluster:+"--clusters=$cluster"} --state=PENDING --name="$SLURM_JOB_NAME"
+}
+
 record() { # record ARGUMENT...: what a run is made of
   echo "command: $*"
   echo "hosts: $SLURM_JOB_NODELIST, $processes processes each"
-  echo "commit: $(git rev-parse HEAD 2>&1)"
-  git diff HEAD 2>&1 || true
-  srun --nodes=1 --ntasks=1 "${container[@]}" python -m pip freeze 2>&1 || true
+  echo "commit: $(git rev-parse HEAD)"
+  git diff HEAD
+  [ -n "${CONTAINER:-}" ] && echo "container: $CONTAINER" || python -m pip freeze
 }

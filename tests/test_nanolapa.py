@@ -395,8 +395,8 @@ def test_world_size_must_divide_the_batch(data, tmp_path):
 def test_slurm_scripts_give_options_that_exist(stage):
     """And pass on those of the command line, which win."""
     text = (ROOT / f"sbatch/{stage.__name__}.sh").read_text()
-    words = shlex.split(text.partition(f"{stage.__name__}.py \\\n")[2].replace("\\\n", " "))
-    assert words.pop() == "$@" and "--shutdown-timeout=110" in text
+    words = shlex.split(text.partition(f"launch {stage.__name__}.py ")[2].replace("\\\n", " "))
+    assert words.pop() == "$@" and words[:2] == ["--resume", "auto"]
     cfg = tyro.cli(stage.Config, args=[*words, "--batch-size", "8", "--resume", "x/last.pt"])
     assert cfg.batch_size == 8 and cfg.resume == "x/last.pt" and cfg.dtype == "bfloat16"
     stage.check(cfg, *[{}] * (stage is finetune))
