@@ -1442,11 +1442,11 @@ CHECKPOINTS = "last.pt", "last-1.pt", "last-2.pt"           # of OUT, newest fir
 
 
 class Saver:
-    """OUT/last.pt, and the two checkpoints before it: save(step) copies the state, a thread writes
-    the copy under another name and then renames it, while training goes on. wait: until then.
+    """OUT/last.pt and the two checkpoints before it. save(step) copies the state; while training
+    goes on, a thread writes the copy under another name and renames it. wait: until it has.
 
     All ranks call it: each has its own place in the data. Randomness is a function of (seed, step),
-    so no state of it is kept. What cannot be written ends the run when it is next called.
+    so no state of it is kept. Where the thread fails, the next call ends the run.
     """
 
     def __init__(self, cfg, model: nn.Module, optimizer, loader):
@@ -1474,7 +1474,7 @@ class Saver:
         with unfinished.open("wb") as file:
             torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())                                     # to the disk, before:
+            os.fsync(file.fileno())                                     # before it gets the name
         for path, older in ((before, oldest), (last, before)):
             if path.exists():
                 path.rename(older)
