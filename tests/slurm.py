@@ -177,7 +177,7 @@ def test_a_chain_survives_preemption_and_equals_runs_without_slurm(slurm, data, 
             processes=2)
         mine, alone = (metrics(x / stage, "loss")["loss"] for x in (tmp_path, tmp_path / "alone"))
         assert list(mine) == list(alone) == list(range(24))
-        np.testing.assert_allclose([*mine.values()], [*alone.values()], rtol=1e-4)
+        np.testing.assert_allclose([*mine.values()], [*alone.values()], rtol=5e-3)
 
 
 def test_a_killed_rank_ends_the_job_and_is_named_first(slurm, same_episodes, tmp_path):
