@@ -4,6 +4,7 @@
 #   INTERFACE=ib0           network interface of NCCL and gloo, where they choose a wrong one
 #   CACHE=/scratch/me       where models, datasets and temporary files go; all nodes must see it
 #   CONTAINER=image.sqsh    run in this image (enroot with pyxis) instead of .venv
+#   MOUNTS=/data:/data,...  what the container sees besides this folder
 if [ -n "${INTERFACE:-}" ]; then
   export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
 fi
@@ -12,7 +13,7 @@ if [ -n "${CACHE:-}" ]; then
   mkdir -p "$TMPDIR"
 fi
 if [ -n "${CONTAINER:-}" ]; then
-  container=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD"
+  container=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD${MOUNTS:+,$MOUNTS}"
              --container-workdir="$PWD")
 else
   container=()
@@ -22,12 +23,13 @@ processes=${SLURM_GPUS_ON_NODE:-1}                          # a node: one a GPU
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}         # srun does not take it from sbatch
 OMP_NUM_THREADS=$((SRUN_CPUS_PER_TASK / processes))
 export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
-if ! timeout 3 bash -c ': </dev/tcp/api.wandb.ai/443' 2>/dev/null; then
+if ! timeout 3 bash -c ': </dev/tcp/api.wandb.ai/443' 2>/dev/null; then     # no network here
   export WANDB_MODE=${WANDB_MODE:-offline}                  # later: wandb sync OUT/wandb/*
+  export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}                # trunks must be in CACHE
 fi
 
-launch() { # launch SCRIPT ARGUMENT...: one torchrun a node, which meet at the first, where this runs
-  local out=runs/${1%.py} row stage code=0
+launch() { # launch SCRIPT ARGUMENT...: a torchrun on each node; they meet at the first, where this runs
+  local out=runs/${1%.py} row stage code=0 warned=''
   if [ -n "${SWEEP:-}" ]; then                              # sweep.sh: this run's line of a file
     read -ra row < <(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$SWEEP")
     set -- "$@" "${row[@]}"
@@ -37,7 +39,7 @@ launch() { # launch SCRIPT ARGUMENT...: one torchrun a node, which meet at the f
   [ -z "${RACE:-}" ] || win
   record "$@" >"$out/job_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.txt" 2>&1 || true
 
-  trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1         # all processes but this shell
+  trap 'warned=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1       # all but this shell
   trap : TERM                                               # Slurm has told them
   rm -f "$out/stopped"
   srun --kill-on-bad-exit=1 "${container[@]}" torchrun \
@@ -48,8 +50,10 @@ launch() { # launch SCRIPT ARGUMENT...: one torchrun a node, which meet at the f
   wait $stage || true                                       # a signal ends wait, not the stage
   while kill -0 $stage 2>/dev/null; do wait $stage || true; done
   wait $stage || code=$?
-  if [ -e "$out/stopped" ] && [ "$(squeue -h -o %T -j "$SLURM_JOB_ID")" = RUNNING ]; then
-    echo "stopped with a checkpoint; the job goes back to its queue"
+  [ -e "$out/stopped" ] && warned=1                         # preempted: only the stage was told
+  if [ $code != 0 ] && [ -n "$warned" ] &&
+     [ "$(squeue -h -o %T -j "$SLURM_JOB_ID")" = RUNNING ]; then    # else it was cancelled
+    echo "stopped before its end; the job goes back to its queue"
     scontrol requeue "$SLURM_JOB_ID"
   fi
   exit $code

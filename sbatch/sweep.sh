@@ -9,7 +9,7 @@ stage=$1 out=$2 slurm=()
 shift 2
 while [ "${1:---}" != -- ]; do slurm+=("$1"); shift; done
 mkdir -p "$out"
-IFS=';' read -ra settings <<<"${SETTINGS:-}"
+IFS=';' read -ra settings <<<"${SETTINGS:- }"
 for i in "${!settings[@]}"; do
   for seed in ${SEEDS:-0}; do
     echo "${settings[$i]} --seed $seed --out $out/${i}_seed$seed"
