@@ -28,7 +28,7 @@ if ! timeout 3 bash -c ': </dev/tcp/api.wandb.ai/443' 2>/dev/null; then     # no
   export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}                # trunks must be in CACHE
 fi
 
-launch() { # launch SCRIPT ARGUMENT...: a torchrun on each node; they meet at the first, where this runs
+launch() { # launch SCRIPT ARGUMENT...: one torchrun a node; they meet at the first node, this one
   local out=runs/${1%.py} row stage code=0 warned=''
   if [ -n "${SWEEP:-}" ]; then                              # sweep.sh: this run's line of a file
     read -ra row < <(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$SWEEP")
