@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not all(PROGRAMS),
                                 reason="needs Slurm: apt-get install slurm-wlm munge")
 OPTIONS = ["--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1"]
 SMALL = [*TINY, "--mix", "metaworld_corner4", "--val-fraction", 0.25, "--resize", "cpu", "--dtype",
-         "float32", "--no-wandb"]
+         "float32", "--no-wandb", "--grad-clip", 1, "--final-lr", 0.1]
 STAGE = {"laq": ["--size", "tiny", "--no-compile", "--shift", 0, "--crop", 0, "--color", 0,
                  "--quantizer", "vq"],
          "vla": ["--trunk", "tiny", "--head-width", 64],
@@ -69,6 +69,7 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 GresTypes=gpu
+SchedulerParameters=sched_interval=1,bf_interval=1
 SlurmdParameters=config_overrides
 NodeName={host} Port={ports[1]} {node}
 NodeName={host}-2 Port={ports[2]} {node}
