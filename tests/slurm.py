@@ -102,7 +102,7 @@ class Slurm:
     def state(self, job):
         return re.search(r"JobState=(\w+)", self("scontrol", "show", "job", job))[1]
 
-    def wait(self, job, seconds=120):
+    def wait(self, job, seconds=300):
         """-> state in which the job ended."""
         until = time.time() + seconds
         while (state := self.state(job)) in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
