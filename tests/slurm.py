@@ -30,13 +30,14 @@ STAGE = {"laq": ["--size", "tiny", "--no-compile", "--shift", 0, "--crop", 0, "-
 # ------------------------------------------------------------ a cluster
 @contextmanager
 def daemon(log, *command, env=None):
-    """A process that is ended by its id."""
+    """A process that is ended by its id, and by itself if these tests are killed."""
+    command = ["setpriv", "--pdeathsig", "TERM", *command]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=env, cwd=log.parent,
                                    start_new_session=True)
     try:
         yield
-        assert process.poll() is None, f"{command[0]} ended\n{log.read_text()[-2000:]}"
+        assert process.poll() is None, f"{command[3]} ended\n{log.read_text()[-2000:]}"
     finally:
         process.terminate()
         process.wait(timeout=20)
