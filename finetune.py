@@ -39,6 +39,8 @@ import signal
 import sys
 import time
 import traceback
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -106,7 +108,7 @@ class Config(data_oxe.DataConfig):
     log_every: int = 10                     # steps between lines of metrics.jsonl
     seed: int = 0                           # of weights, data order, noise and augmentation
     wandb: bool = False                     # also log to Weights & Biases
-    resume: str = ""                        # checkpoint last.pt to continue from, in its folder
+    resume: str = ""                        # last.pt to continue, in its folder; auto: OUT's if any
     export_only: bool = False               # with --resume: write the hand-over again and stop
 
 
@@ -470,6 +472,7 @@ def main(cfg: Config) -> int:
     log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
     if decoder:
         log.validation(start, decoder.metrics, decoder.describe())
+    save = Saver(cfg, kept, optimizer, loader)
     stop_flag, batches = StopFlag(cfg, device), loader.to(device)
 
     for step in range(start, cfg.steps + 1):                            # one more: evaluates, saves
@@ -480,8 +483,7 @@ def main(cfg: Config) -> int:
             log.validation(step, metrics, describe(metrics))
         if stop or last or (step > start and step % cfg.save_every == 0):
             with log.paused():
-                log.check_gradients()
-                save_checkpoint(cfg, step, kept, optimizer, loader)
+                save(step, wait=stop or last)
         if stop or last:
             break
 
@@ -946,6 +948,8 @@ def check_run(cfg, world: int):
         fail(f"--micro-batch {cfg.micro_batch} does not divide the {local} samples a process")
     if not 0 <= cfg.final_lr <= 1:
         fail(f"--final-lr {cfg.final_lr} is a share of the peak learning rate, from 0 to 1")
+    if cfg.resume == "auto":
+        cfg.resume = newest_checkpoint(cfg.out)
     if cfg.export_only and not cfg.resume:
         fail("--export-only needs --resume CHECKPOINT")
     if cfg.resume:
@@ -956,9 +960,9 @@ def check_run(cfg, world: int):
             fail(f"--resume '{cfg.resume}' goes on in its own folder, but --out is '{cfg.out}'; "
                  f"leave --out away, or copy the checkpoint there")
         cfg.out = str(home)
-    elif (Path(cfg.out) / "last.pt").exists() and not cfg.overwrite:
-        fail(f"--out '{cfg.out}' holds a run; continue it with --resume {cfg.out}/last.pt, give "
-             f"another --out, or --overwrite it")
+    elif any((Path(cfg.out) / name).exists() for name in CHECKPOINTS) and not cfg.overwrite:
+        fail(f"--out '{cfg.out}' holds a run; continue it with --resume auto, give another "
+             f"--out, or --overwrite it")
 
 
 def setup(cfg) -> tuple[int, int, torch.device]:
@@ -987,7 +991,8 @@ def run(main, cfg):
     """Runs a stage and ends the process with the exit code that main returns.
 
     Processes of torchrun end without destructors: gloo's joins threads that may wait for the GIL,
-    which it holds. One that fails does not wait for the others.
+    which it holds. One that fails does not wait for the others, but before it tells an error that
+    may come of another's death, so that torchrun tells of that one first.
     """
     try:
         code = main(cfg)
@@ -995,6 +1000,8 @@ def run(main, cfg):
         if not dist.is_initialized():
             raise
         code = error.code if isinstance(error, SystemExit) else traceback.format_exc()
+        if isinstance(error, RuntimeError):
+            time.sleep(5)
         if isinstance(code, str):                                       # or a signal's number
             print(code, file=sys.stderr)
             code = 1
@@ -1050,20 +1057,66 @@ def mean_of_ranks(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def save_checkpoint(cfg, step: int, model: nn.Module, optimizer, loader):
-    """OUT/last.pt, written under another name first; all ranks call it: each has its own place in
-    the data. Randomness is a function of (seed, step), so no state of it is kept."""
-    data = [loader.state_dict()]
-    if dist.is_initialized():
-        data = data * dist.get_world_size()
-        dist.all_gather_object(data, loader.state_dict())
-        if dist.get_rank() > 0:
-            return
-    state = {"step": step, "config": asdict(cfg), "model": model.state_dict(),
-             "optimizer": optimizer.state_dict(), "data": data}
-    unfinished = Path(cfg.out) / ".last.pt.partial"
-    torch.save(state, unfinished)
-    unfinished.rename(Path(cfg.out) / "last.pt")
+CHECKPOINTS = "last.pt", "last-1.pt", "last-2.pt"           # of OUT, newest first
+
+
+class Saver:
+    """OUT/last.pt and the two checkpoints before it. save(step) copies the state; while training
+    goes on, a thread writes the copy under another name and renames it. wait: until it has.
+
+    All ranks call it: each has its own place in the data. Randomness is a function of (seed, step),
+    so no state of it is kept. Where the thread fails, the next call ends the run.
+    """
+
+    def __init__(self, cfg, model: nn.Module, optimizer, loader):
+        self.cfg, self.model, self.optimizer, self.loader = cfg, model, optimizer, loader
+        self.thread, self.writing = ThreadPoolExecutor(1), None
+
+    def __call__(self, step: int, wait: bool):
+        data = [self.loader.state_dict()]
+        if dist.is_initialized():
+            data = data * dist.get_world_size()
+            dist.all_gather_object(data, self.loader.state_dict())
+            if dist.get_rank() > 0:
+                return
+        self.finish()
+        state = on_cpu({"step": step, "config": asdict(self.cfg), "data": data,
+                        "model": self.model.state_dict(),
+                        "optimizer": self.optimizer.state_dict()})
+        self.writing = self.thread.submit(self.write, state)
+        if wait:
+            self.finish()
+
+    def write(self, state: dict):
+        last, before, oldest = (Path(self.cfg.out) / name for name in CHECKPOINTS)
+        unfinished = last.with_name(".last.pt.partial")
+        with unfinished.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())                                     # before it gets the name
+        for path, older in ((before, oldest), (last, before)):
+            if path.exists():
+                path.rename(older)
+        unfinished.rename(last)
+
+    def finish(self):
+        """Waits for the thread; exits where it failed."""
+        try:
+            if self.writing:
+                self.writing.result()
+        except (OSError, RuntimeError) as error:
+            free = shutil.disk_usage(self.cfg.out).free / 1e6
+            fail(f"no checkpoint could be written to '{self.cfg.out}', where {free:.0f} MB are "
+                 f"free ({str(error).splitlines()[0]}); make room and continue with --resume auto")
+
+
+def on_cpu(state):
+    """A copy of nested dicts and lists whose tensors are on the CPU."""
+    if isinstance(state, dict):
+        return {name: on_cpu(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [on_cpu(value) for value in state]
+    return state.detach().to("cpu", copy=True) if torch.is_tensor(state) else state
 
 
 # what may differ between a run and its continuation
@@ -1071,8 +1124,33 @@ FREE = {"out", "overwrite", "data", "threads", "max_bad", "resume", "export_only
         "eval_every", "save_every", "log_every", "compile"}
 
 
+def is_whole(path) -> bool:
+    """Whether a checkpoint's parts have the checksums that torch.save gave them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:                                           # the reader fails in many ways
+        return False
+
+
+def newest_checkpoint(out: str) -> str:
+    """The newest of OUT that is whole; '' where there is none. Exits if all are damaged."""
+    present = [path for name in CHECKPOINTS if (path := Path(out) / name).is_file()]
+    for path in present:
+        if is_whole(path):
+            return str(path)
+        warn(f"checkpoint '{path}' is damaged")
+    if present:
+        fail(f"--resume auto: all checkpoints of '{out}' are damaged; start anew with --overwrite "
+             f"in place of --resume")
+    return ""
+
+
 def read_checkpoint(path: str, option: str) -> dict:
-    """What save_checkpoint wrote; exits where the file is something else."""
+    """What Saver wrote; exits where the file is something else."""
+    if not is_whole(path):
+        fail(f"{option} '{path}' is damaged or is not a checkpoint of this script; give "
+             f"OUT/last.pt, or --resume auto, which takes the newest that is whole")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["config"], state["step"], state["model"], state["optimizer"], state["data"]
@@ -1084,7 +1162,7 @@ def read_checkpoint(path: str, option: str) -> dict:
 
 
 def load_checkpoint(cfg, model: nn.Module, optimizer, loader, rank: int, world: int) -> int:
-    """Restores all of save_checkpoint. Exits, naming the fields, where the run would not be the
+    """Restores all that Saver wrote. Exits, naming the fields, where the run would not be the
     same. -> step"""
     state = read_checkpoint(cfg.resume, "--resume")
     stored = state["config"]
@@ -1108,8 +1186,8 @@ class Logger:
     """metrics.jsonl, a bar and, with --wandb, Weights & Biases; silent but on rank 0.
 
     Speeds are of training steps alone: what runs under `paused`, such as a validation, does not
-    count. Gradient norms are looked at when a line is written or a checkpoint is due, so that no
-    other step waits for the GPU.
+    count. Gradient norms are looked at before that and when a line is written, so that no other
+    step waits for the GPU.
     """
 
     def __init__(self, cfg, rank: int, world: int, start: int, flops: int, device: torch.device):
@@ -1127,8 +1205,10 @@ class Logger:
 
     def open(self, start: int):
         """A resumed run keeps the lines before its step; a half-written one is left out."""
+        self.path.with_name("stopped").unlink(missing_ok=True)
         if not self.cfg.resume:
-            (self.path.parent / "last.pt").unlink(missing_ok=True)      # of a run to --overwrite
+            for name in CHECKPOINTS:
+                self.path.with_name(name).unlink(missing_ok=True)       # of a run to --overwrite
         kept = []
         for line in self.path.read_text().splitlines() if start and self.path.exists() else []:
             with contextlib.suppress(json.JSONDecodeError):
@@ -1155,7 +1235,8 @@ class Logger:
 
     @contextlib.contextmanager
     def paused(self):
-        """The time is not spent on training."""
+        """The time is not spent on training. Gradients before it were finite."""
+        self.check_gradients()
         if self.device.type == "cuda":
             torch.cuda.synchronize()                                    # of steps still queued
         self.seconds += time.perf_counter() - self.began
@@ -1220,6 +1301,7 @@ class Logger:
         if self.wandb:
             self.wandb.finish()
         if self.on and stopped:
+            self.path.with_name("stopped").touch()                      # for sbatch/slurm.sh
             print(f"stopped; continue with --resume {self.cfg.out}/last.pt", file=sys.stderr)
         return 128 + stopped if stopped else 0
 

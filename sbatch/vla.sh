@@ -1,19 +1,24 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=nanolapa-vla
 #SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# Submit from the repository root, where .venv is; options of vla.py replace those below:
+# Stage 2, latent pretraining. Submit from the repository root, where .venv is; options
+# of vla.py replace those below:
 #   sbatch sbatch/vla.sh --data /scratch/oxe --out runs/vla_1
-#   sbatch sbatch/vla.sh --data /scratch/oxe --resume runs/vla_1/last.pt
+#   sbatch --nodes=4 --time=12:00:00 sbatch/vla.sh --data /scratch/oxe
 # Copy datasets to a disk near the GPUs first: read from a bucket they cannot feed four of them.
-# Slurm's SIGTERM leaves a checkpoint; torchrun gives its processes 110 s for it.
+# Two minutes before its time is up, or when it is preempted, the run leaves a checkpoint and the
+# job goes back to its queue; the same command after a failure continues the run, too.
 set -euo pipefail
-source .venv/bin/activate
-exec torchrun --standalone --nproc_per_node=4 --shutdown-timeout=110 vla.py \
+source sbatch/slurm.sh
+launch vla.py --resume auto \
   --mix bridge,fractal20220817_data --resize gpu --laq-ckpt runs/laq/laq.pt2 \
   --trunk HuggingFaceTB/SmolVLM2-500M-Video-Instruct --head-width 1024 --head-depth 4 \
   --batch-size 256 --steps 30000 --final-lr 0.025 --grad-clip 10 --dtype bfloat16 --wandb "$@"

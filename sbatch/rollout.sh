@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=nanolapa-rollout
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=32
+#SBATCH --time=4:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+# Stage 4, success in closed loop; the GPU renders. Submit from the repository root,
+# where .venv is; options of rollout.py replace those below:
+#   sbatch sbatch/rollout.sh --policy runs/finetune_1/policy --out runs/rollout_1
+set -euo pipefail
+source sbatch/slurm.sh
+launch rollout.py --episodes 50 "$@"
