@@ -198,7 +198,7 @@ class Decoder:
                                "_pooled_difference": ("pooled", "readout", "later_readout"),
                                "_readout_alone": ("readout",)}.items():
             x, x_val = ([rows[feature] for feature in features] for rows in (fit, val))
-            maps[name] = KernelRidge(x, fit["chunk"], left_out_groups(fit))
+            maps[name] = KernelRidge(x, fit["chunk"], fit["episode"])
             unit = fit["chunk"].std(0).clamp(min=1e-3)
             self.metrics[f"r2{name}"] = r2_of_all(maps[name](x_val), val["chunk"], unit)
         self.map = maps[""]
@@ -239,24 +239,9 @@ class Decoder:
                    "pooled": PooledDifference()(tensors["frames"])[1].flatten(1),
                    "chunk": model.normalized(tensors).flatten(1)}
             row = {name: value[torch.from_numpy(new)] for name, value in row.items()}
-            instruction = np.array(batch["instruction"], object)
-            rows.append(row | {"episode": (batch["dataset"] * 1_000_003 + batch["episode"])[new],
-                               "step": batch["step"][new], "instruction": instruction[new]})
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        return {name: torch.cat(x) if torch.is_tensor(x[0]) else np.concatenate(x)
-                for name, x in columns.items()}
-
-
-def left_out_groups(fit: dict) -> np.ndarray:
-    """Rows of a fit that are left out together, as numbers (M,): those of an episode; with one
-    episode a task those of half of it, for without it the task would be unknown."""
-    episodes = np.unique(fit["episode"])
-    group = 2 * fit["episode"]
-    if len(episodes) == len(set(fit["instruction"])):
-        for episode in episodes:
-            rows = fit["episode"] == episode
-            group[rows] += fit["step"][rows] > np.median(fit["step"][rows])
-    return group
+            rows.append(row | {"episode": (batch["dataset"] * 1_000_003 + batch["episode"])[new]})
+        join = {name: torch.cat for name in rows[0]} | {"episode": np.concatenate}
+        return {name: join[name]([row[name] for row in rows]) for name in join}
 
 
 def statistics(loader, how: str, batches: int = 32) -> dict:

@@ -190,14 +190,6 @@ def test_kernel_ridge_knows_what_it_would_say_of_a_left_out_episode():
     assert finetune.KernelRidge([x, other], torch.randn(90, 2), episode).r2 < 0.1
 
 
-def test_a_decoder_leaves_out_no_task():
-    fit = {"episode": np.array([3, 3, 3, 3, 7, 7]), "step": np.array([5, 0, 1, 9, 2, 4])}
-    one_a_task = finetune.left_out_groups(fit | {"instruction": list("ooooss")})
-    assert one_a_task.tolist() == [7, 6, 6, 7, 14, 15]
-    two_of_one_task = finetune.left_out_groups(fit | {"instruction": list("oooooo")})
-    assert two_of_one_task.tolist() == [6, 6, 6, 6, 14, 14]
-
-
 @pytest.fixture(scope="module")
 def at_the_start(data):
     """A policy before its first step, its settings, tokens and held-out episodes."""
