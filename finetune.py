@@ -16,10 +16,10 @@ mix's first dataset; it runs with torch alone.
 
 Gradient steps on few labels forget what the video taught. So the labelled episodes first teach a
 small decoder, in closed form: a frame pair's latent, with what the trunk made of both frames and
-the instruction, -> its action chunk. With it all video is labelled as its batches come, and the policy
-learns from true and decoded actions together (inverse dynamics as in VPT, arXiv 2206.11795, on
-latents as in LAPO, 2312.10812). Its weights are averaged over steps: single ones of cloned policies
-differ widely in success (Block et al., 2310.11428).
+the instruction, -> its action chunk. With it all video is labelled as its batches come, and the
+policy learns from true and decoded actions together (inverse dynamics as in VPT, arXiv 2206.11795,
+on latents as in LAPO, 2312.10812). Its weights are averaged over steps: single ones of cloned
+policies differ widely in success (Block et al., 2310.11428).
 
 Letters: B batch, L text tokens, P image tokens, C chunk, A action width, Ds state width, W trunk
 width, S latent tokens, D latent width, M rows of a fit.
