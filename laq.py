@@ -902,7 +902,7 @@ class KernelRidge:
     variance of left-out episodes.
     """
 
-    most = 1536                                                         # rows that it is fitted on
+    most = 2048                                                         # rows that it is fitted on
 
     def __init__(self, features: list, y: torch.Tensor, episode: np.ndarray):
         rows = np.random.default_rng(0).permutation(len(y))[:self.most]
