@@ -234,7 +234,7 @@ def test_further_targets_and_wandb(data, tmp_path):
     assert max(seen["action"].values()) > 0
     run("laq.py", *args, "--resume", tmp_path / "run/last.pt")
     runs = {p.name.rsplit("-", 1)[1] for p in tmp_path.glob("run/wandb/offline-run-*")}
-    assert runs == {(tmp_path / "run/wandb_id").read_text()}
+    assert runs == {(tmp_path / "run/run_id").read_text()}
     batch = {"dataset": np.zeros(1000, int), "episode": np.arange(1000),
              "has_action": np.arange(1000) % 2 == 0}
     assert 15 < laq.labelled(laq.Config(action_fraction=0.05), batch).sum() < 35
