@@ -27,6 +27,7 @@ width, S latent tokens, D latent width, M rows of a fit.
 import base64
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import math
@@ -791,6 +792,8 @@ def open_program(path):
     from torch.export.pt2_archive._package import load_pt2     # export.load also tries old layouts
     try:
         data = Path(path).read_bytes()
+        if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():      # torch does not look
+            raise ValueError(f"the checksum of {damaged} is wrong")
         found = next(foreign(PT2ArchiveReader(io.BytesIO(data))), None)
         if found is None:
             contents = load_pt2(io.BytesIO(data))
@@ -802,6 +805,18 @@ def open_program(path):
          f"or export it again with this project's scripts")
 
 
+def check_sums(folder: Path):
+    """Exits where the files of a hand-over folder are not those that were exported."""
+    path = folder / "SHA256SUMS"
+    if not path.is_file():
+        return warn(f"'{folder}' has no SHA256SUMS, so damage may go unseen")
+    differ = set(path.read_text(errors="replace").splitlines()) ^ set(file_sums(folder))
+    if differ:
+        names = sorted({line.partition("  ")[2] for line in differ})
+        fail(f"'{folder}/{names[0]}' is damaged or missing, or was not exported: its checksum is "
+             f"not that of SHA256SUMS; export the folder again")
+
+
 def read_stage2(cfg: Config) -> dict:
     """The manifest of --init; exits where the folder does not fit. 'none': {}"""
     if cfg.init == "none":
@@ -810,6 +825,7 @@ def read_stage2(cfg: Config) -> dict:
     if not path.is_file():
         fail(f"no stage2 folder at --init '{cfg.init}' (manifest.json is missing); vla.py writes "
              f"OUT/stage2, 'none' starts without one")
+    check_sums(Path(cfg.init))
     try:
         manifest = json.loads(path.read_text())
     except ValueError as error:
@@ -863,8 +879,8 @@ def load_trunk(name: str, text_layers: int, tokenizer: str = "") -> tuple[Trunk,
     if name == "tiny":
         return Trunk(SmolVLMModel(tiny_config())), ByT5Tokenizer()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer or name)
-        vlm, info = SmolVLMModel.from_pretrained(name, dtype=torch.float32,
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, trust_remote_code=False)
+        vlm, info = SmolVLMModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True,
                                                  attn_implementation="sdpa",
                                                  output_loading_info=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -879,8 +895,21 @@ def load_trunk(name: str, text_layers: int, tokenizer: str = "") -> tuple[Trunk,
     return Trunk(vlm), tokenizer
 
 
+def file_sums(folder: Path) -> list[str]:
+    """Lines as sha256sum writes them, of all files but hidden ones and SHA256SUMS itself."""
+    lines = []
+    for path in sorted(folder.rglob("[!.]*")):
+        if path.is_file() and path.name != "SHA256SUMS":
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            lines.append(f"{digest}  {path.relative_to(folder)}")
+    return lines
+
+
 def publish(unfinished: Path, final: Path):
-    """Puts a finished hand-over folder in place; an older one is whole until then."""
+    """Puts a finished hand-over folder in place, with the checksums of its files; an older one is
+    whole until then."""
+    (unfinished / "SHA256SUMS").write_text("\n".join(file_sums(unfinished)) + "\n")
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():

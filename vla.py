@@ -20,6 +20,7 @@ R whitened width, W trunk width, N width of the flow's vector.
 """
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -831,6 +832,8 @@ def open_program(path):
     from torch.export.pt2_archive._package import load_pt2     # export.load also tries old layouts
     try:
         data = Path(path).read_bytes()
+        if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():      # torch does not look
+            raise ValueError(f"the checksum of {damaged} is wrong")
         found = next(foreign(PT2ArchiveReader(io.BytesIO(data))), None)
         if found is None:
             contents = load_pt2(io.BytesIO(data))
@@ -856,8 +859,8 @@ def load_trunk(name: str, text_layers: int, tokenizer: str = "") -> tuple[Trunk,
     if name == "tiny":
         return Trunk(SmolVLMModel(tiny_config())), ByT5Tokenizer()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer or name)
-        vlm, info = SmolVLMModel.from_pretrained(name, dtype=torch.float32,
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, trust_remote_code=False)
+        vlm, info = SmolVLMModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True,
                                                  attn_implementation="sdpa",
                                                  output_loading_info=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -872,8 +875,21 @@ def load_trunk(name: str, text_layers: int, tokenizer: str = "") -> tuple[Trunk,
     return Trunk(vlm), tokenizer
 
 
+def file_sums(folder: Path) -> list[str]:
+    """Lines as sha256sum writes them, of all files but hidden ones and SHA256SUMS itself."""
+    lines = []
+    for path in sorted(folder.rglob("[!.]*")):
+        if path.is_file() and path.name != "SHA256SUMS":
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            lines.append(f"{digest}  {path.relative_to(folder)}")
+    return lines
+
+
 def publish(unfinished: Path, final: Path):
-    """Puts a finished hand-over folder in place; an older one is whole until then."""
+    """Puts a finished hand-over folder in place, with the checksums of its files; an older one is
+    whole until then."""
+    (unfinished / "SHA256SUMS").write_text("\n".join(file_sums(unfinished)) + "\n")
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
