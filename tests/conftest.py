@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from common import TASKS, TINY, run
+from common import TASKS, TINY, run, run_here
 
 
 def once(tmp_path_factory, name, make):
@@ -34,12 +34,12 @@ def data(tmp_path_factory):
 def stages(data, tmp_path_factory):
     """The loop run once, small: folder with laq/, vla/ and ft/."""
     def train(out):
-        run("laq.py", "--data", data, "--out", out / "laq", "--steps", 30, *TINY)
-        run("vla.py", "--data", data, "--out", out / "vla", "--steps", 10, *TINY,
-            "--laq-ckpt", out / "laq/laq.pt2")
-        run("finetune.py", "--data", data, "--out", out / "ft", "--steps", 10, *TINY,
-            "--init", out / "vla/stage2", "--episodes-per-task", 2,
-            "--laq-ckpt", out / "laq/laq.pt2")
+        run_here("laq.py", "--data", data, "--out", out / "laq", "--steps", 30, *TINY)
+        run_here("vla.py", "--data", data, "--out", out / "vla", "--steps", 10, *TINY,
+                 "--laq-ckpt", out / "laq/laq.pt2")
+        run_here("finetune.py", "--data", data, "--out", out / "ft", "--steps", 10, *TINY,
+                 "--init", out / "vla/stage2", "--episodes-per-task", 2,
+                 "--laq-ckpt", out / "laq/laq.pt2")
     return once(tmp_path_factory, "stages", train)
 
 

@@ -175,7 +175,7 @@ def test_a_chain_survives_and_equals_runs_without_slurm(slurm, noise, tmp_path):
     words = {stage.upper(): " ".join(map(str, args)) for stage, args in STAGE.items()}
     out = slurm("bash", "sbatch/chain.sh", tmp_path, *slurm.options, "--", *common,
                 "--keep-every", 8, "--scratch", tmp_path / "disk", **words,
-                ROLLOUT="--episodes 1 --max-steps 24 --tasks drawer-open faucet-close")
+                ROLLOUT="--episodes 1 --max-steps 8 --tasks drawer-open faucet-close")
     jobs = dict(re.findall(r"(\w+): job (\d+)", out))
     slurm.wait_for_steps(jobs["laq"], tmp_path / "laq", 5)
     slurm("scancel", "--batch", "--signal=USR1", jobs["laq"])

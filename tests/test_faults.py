@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import metrics, run, stage_args, start
+from common import metrics, run_here, stage_args, start
 from torch import nn
 
 import vla
@@ -23,7 +23,7 @@ KILLS = int(os.environ.get("KILLS", 1))
 def test_killed_runs_continue_as_unbroken_ones(stage, data, stages, tmp_path):
     """A checkpoint is being written most of the time, so kills hit that, too."""
     args = [*stage_args(stage, data, stages), "--steps", 24, "--save-every", 1]
-    run(f"{stage}.py", *args, "--out", tmp_path / "whole")
+    run_here(f"{stage}.py", *args, "--out", tmp_path / "whole")
     broken = tmp_path / "broken"
     args += ["--out", broken, "--resume", "auto"]
     for seed in range(KILLS):
@@ -37,7 +37,7 @@ def test_killed_runs_continue_as_unbroken_ones(stage, data, stages, tmp_path):
         assert process.returncode == -signal.SIGKILL or seed, "the run ended before it was killed"
     with open(broken / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')                       # a line that the disk had no room for
-    run(f"{stage}.py", *args)
+    run_here(f"{stage}.py", *args)
     whole, resumed = (metrics(x, "loss")["loss"] for x in (tmp_path / "whole", broken))
     assert list(resumed) == list(whole) == list(range(24))
     np.testing.assert_allclose([*resumed.values()], [*whole.values()], rtol=1e-4)
