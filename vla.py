@@ -1094,7 +1094,7 @@ class Saver:
         self.least = entry_of(self.out / "best.pt", "least")
 
     def judge(self, step: int, error: float):
-        """Of a validation."""
+        """A validation's error: the smallest makes best.pt."""
         self.judged, self.error = step, float(error)
 
     def due(self, step: int) -> bool:
@@ -1141,8 +1141,8 @@ class Saver:
             if self.path.name == CHECKPOINTS[0]:
                 self.make_way(self.path.parent)
             unfinished.rename(self.path)
-        for path in sorted(self.out.glob(DURABLE))[:-10]:
-            if not self.cfg.keep_every or int(path.stem[5:]) % (10 * self.cfg.keep_every):
+        for path in sorted(self.out.glob(DURABLE))[:-10] if self.cfg.keep_every else ():
+            if int(path.stem[5:]) % (10 * self.cfg.keep_every):
                 path.unlink()
 
     def make_way(self, folder: Path):
