@@ -19,27 +19,37 @@ import vla
 KILLS = int(os.environ.get("KILLS", 1))
 
 
+def trains(log, since):
+    """Whether a run that was started at `since` has logged a step, or is about to."""
+    if not log.exists() or log.stat().st_mtime < since:
+        return False
+    return '"loss"' in log.read_text().rpartition("\n{")[2]
+
+
 @pytest.mark.parametrize("stage", ["laq", "vla", "finetune"])
 def test_killed_runs_continue_as_unbroken_ones(stage, data, stages, tmp_path):
     """A checkpoint is being written most of the time, so kills hit that, too."""
-    args = [*stage_args(stage, data, stages), "--steps", 24, "--save-every", 1]
+    steps = 12 + 12 * KILLS                                 # more than are done between two kills
+    args = [*stage_args(stage, data, stages), "--steps", steps, "--save-every", 1]
     run_here(f"{stage}.py", *args, "--out", tmp_path / "whole")
-    broken = tmp_path / "broken"
+    broken, log = tmp_path / "broken", tmp_path / "broken/metrics.jsonl"
     args += ["--out", broken, "--resume", "auto"]
     for seed in range(KILLS):
+        began = time.time()
         process = start(f"{stage}.py", *args)
-        while not (broken / "metrics.jsonl").exists() and process.poll() is None:
+        while not trains(log, began) and process.poll() is None:
             time.sleep(0.01)
         time.sleep(random.Random(seed).uniform(0, 2))
         process.send_signal(signal.SIGKILL)
         _, err = process.communicate()
         assert "Traceback" not in err
         assert process.returncode == -signal.SIGKILL or seed, "the run ended before it was killed"
-    with open(broken / "metrics.jsonl", "a") as file:
+        print(f"kill {seed + 1}: at step {log.read_text().count('grad_norm')} of {steps}")
+    with open(log, "a") as file:
         file.write('{"step": 7, "lo')                       # a line that the disk had no room for
     run_here(f"{stage}.py", *args)
     whole, resumed = (metrics(x, "loss")["loss"] for x in (tmp_path / "whole", broken))
-    assert list(resumed) == list(whole) == list(range(24))
+    assert list(resumed) == list(whole) == list(range(steps))
     np.testing.assert_allclose([*resumed.values()], [*whole.values()], rtol=1e-4)
 
 
@@ -138,6 +148,17 @@ def test_checkpoints_go_where_they_last(spread):
     assert step_of(folder / "last.pt") == 51 and not disk.exists()
 
 
+def test_a_new_run_clears_the_old_one_away(spread, monkeypatch):
+    """Else --resume auto would go on from what is left of it."""
+    save, folder, disk = spread
+    monkeypatch.setattr(vla, "matmul_rate", lambda device, dtype: 1.0)
+    with pytest.raises(SystemExit, match="holds a run; continue it with --resume auto"):
+        vla.find_run(save.cfg)
+    vla.Logger(save.cfg, rank=0, world=1, start=0, flops=1, device=torch.device("cpu"))
+    assert not [*folder.glob("*.pt"), *disk.glob("*.pt")]
+    assert (folder / "run_id").read_text() != "abc"         # nor from what other nodes have of it
+
+
 def test_a_run_continues_from_the_newest_checkpoint_of_any_node(spread, monkeypatch):
     """What one node alone has is copied to OUT, so that all ranks read the same file."""
     save, folder, disk = spread
@@ -153,6 +174,10 @@ def test_a_run_continues_from_the_newest_checkpoint_of_any_node(spread, monkeypa
     assert step_of(folder / "step_00000049.pt") == 49
     (disk / "last.pt").write_bytes(b"")
     assert taken(folder / "disk") == "step_00000049.pt"
+    monkeypatch.setattr(vla, "of_all_ranks", lambda value: [value, 3])  # a disk that is not shared
+    cfg = vla.Config(resume=str(folder / "last.pt"))
+    with pytest.raises(SystemExit, match=r"see '.*' at different steps, \[3, 4\]"):
+        vla.load_checkpoint(cfg, None, None, None, rank=0, world=2)
     with pytest.raises(SystemExit, match="'/fast' is lost with its node: give --keep-every"):
         vla.check_run(vla.Config(scratch="/fast"), 1)
 
