@@ -137,9 +137,9 @@ def test_ranks_that_fail_end_the_job(same_episodes, tmp_path):
 @pytest.mark.parametrize("quantizer", ["nsvq", "fsq"])
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(quantizer, data, tmp_path):
     with pytest.raises(SystemExit, match=r"gradient norm (nan|inf) at step .*, episodes \["):
-        run_here("laq.py", "--data", data, "--out", tmp_path, "--steps", 20, *TINY, "--save-every",
-                 1, "--warmup-steps", 0, "--quantizer", quantizer, "--lr", 1e30, "--grad-clip", 1e30,
-                 "--log-every", 10)
+        run_here("laq.py", "--data", data, "--out", tmp_path, "--steps", 20, *TINY, "--lr", 1e30,
+                 "--grad-clip", 1e30, "--warmup-steps", 0, "--save-every", 1, "--log-every", 10,
+                 "--quantizer", quantizer)
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     finite = all(torch.isfinite(x).all() for x in state["model"].values())
     assert state["step"] > 0 and (finite or quantizer == "fsq")         # whose moments overflow
