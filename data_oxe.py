@@ -929,7 +929,7 @@ class Stall:
 
     def __call__(self, waited: int):
         draws, dataset = self.loader.progress.numpy().tolist()
-        if draws != self.draws or waited == 1:                  # it reads, if slowly
+        if draws != self.draws or not draws or waited == 1:      # reads, or begins
             self.draws, self.since = draws, waited
         still, data = waited - self.since, self.loader.cfg.data
         told = f"reading '{self.loader.names[dataset]}' of '{data}' stands still for {still} s"
@@ -937,6 +937,19 @@ class Stall:
             print(f"data_oxe: {told}", file=sys.stderr, flush=True)
         if still >= self.exit_s:
             fail(f"{told}; check the disk or server that it lies on, then --resume")
+
+
+@contextlib.contextmanager
+def told_if_slow(path: str):
+    """Says so where a file takes more than a minute, before there is a batch to wait for."""
+    what = f"data_oxe: reading '{path}' takes more than {Stall.warn_s} s"
+    timer = threading.Timer(Stall.warn_s, print, (what,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def values_of(path: str, parse, count: int = -1) -> list:
@@ -947,8 +960,9 @@ def values_of(path: str, parse, count: int = -1) -> list:
         values = []
         try:
             parsed = tf.data.TFRecordDataset(path).take(count).map(no_autograph(parse))
-            for value in parsed.as_numpy_iterator():
-                values.append(value)
+            with told_if_slow(path):
+                for value in parsed.as_numpy_iterator():
+                    values.append(value)
             return values
         except tf.errors.DataLossError:
             return values

@@ -554,6 +554,10 @@ def test_a_reader_that_stands_still_is_named(tmp_path, monkeypatch, capfd):
         with pytest.raises(SystemExit, match="reading 'viola' of .* stands still for 2 s; check"):
             next(batches)
         assert "reading 'viola'" in capfd.readouterr().err
+    threading.Timer(1.5, path.write_bytes, (b"",)).start()  # ends all reading of the pipe
+    with pytest.raises(SystemExit, match="Illegal seek"):
+        data_oxe.values_of(str(path), lambda record: record)
+    assert f"reading '{path}' takes more than 1 s" in capfd.readouterr().err
 def test_blue_pictures_are_turned(tmp_path):
     """Datasets that store BGR come as RGB, in a mix with others too."""
     red = np.zeros((24, 24, 3), np.uint8)
