@@ -1627,7 +1627,10 @@ def choose_checkpoint(cfg) -> str:
     copied = Path(cfg.out) / f"step_{step:08d}.pt"
     if int(os.environ.get("RANK", 0)) == found.index(newest):
         unfinished = copied.with_name(f".{copied.name}.partial")
-        shutil.copyfile(path, unfinished)
+        try:
+            shutil.copyfile(path, unfinished)
+        except OSError as error:
+            fail(f"'{path}' cannot be copied to '{cfg.out}' ({error}); make room there")
         unfinished.rename(copied)
     of_all_ranks(None)                                          # it is there
     return str(copied)
