@@ -63,7 +63,7 @@ import zlib
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from typing import Literal
 
 import numpy as np
@@ -162,6 +162,7 @@ class Loader:
         open_files = max(1, 8 // len(self.plans))
         self.records = Records(self.plans, self.seed, open_files)
         self.pipeline = None, None                              # what it starts with, iterable
+        self.progress = tf.Variable([0, 0], dtype=tf.int64)     # draws begun, dataset of the last
 
         share = shares(cfg, {p.name: p.frames for p in self.plans})
         self.share = dict(zip(self.names, (share / share.sum()).tolist()))
@@ -220,15 +221,14 @@ class Loader:
     def peek(self, n: int):
         """The stream's first n batches, the same at every call; the position does not move. For
         validation."""
-        return (batch for batch, _ in itertools.islice(self.batches((0, 0)), n))
+        return (batch for batch, _ in itertools.islice(self.read((0, 0)), n))
 
     def to(self, device, more=None):
         """As `iter()`, with torch tensors on `device`. One thread waits for the reader, one adds
         what `more`, fn(batch of arrays) -> further arrays, makes of a batch, pins it, sends it and
         resizes, while the consumer computes."""
         sender = Sender(device, self.image_size, more)
-        read = ahead(self.batches(self.position), lambda batch: batch)
-        for batch, position in ahead(read, sender.send):
+        for batch, position in ahead(self.read(self.position), sender.send):
             sender.keep(batch)
             self.position = position
             yield batch
@@ -281,9 +281,9 @@ class Loader:
             read = Reader(plan, i, A, self.state_dim, self.seed, self.demonstrations).parse
             streams.append(self.records.start_at(i, int(drawn[i])).map(no_autograph(read)))
         blocks = tf.data.Dataset.range(block, FOREVER)
-        mixed = streams[0]
+        order = blocks.flat_map(no_autograph(self.choices_dataset)).map(no_autograph(self.begin))
+        mixed = tf.data.Dataset.zip(order, streams[0]).map(no_autograph(lambda which, x: x))
         if len(streams) > 1:
-            order = blocks.flat_map(no_autograph(self.choices_dataset))
             mixed = tf.data.Dataset.choose_from_datasets(streams, order)
         pairs = mixed.map(no_autograph(Sampler(self).sample))
         pairs = pairs.prefetch(self.block_size)                 # the next block, meanwhile
@@ -293,6 +293,12 @@ class Loader:
 
     def choices_dataset(self, block):
         return tf.data.Dataset.from_tensor_slices(self.choices(block))
+
+    def begin(self, dataset):
+        """A draw begins: notes of which dataset."""
+        now = self.progress.assign(tf.stack([self.progress[0] + 1, dataset]))
+        with tf.control_dependencies([now]):
+            return tf.identity(dataset)
 
     def shuffled(self, block, draws: dict):
         """A block's pairs in a random order. Encoded pictures move through, they are not copied."""
@@ -391,6 +397,12 @@ class Loader:
             except errors as error:
                 self.pipeline = None, None
                 self.explain(error, position, wait)
+
+    def read(self, position: tuple[int, int]):
+        """batches() from a thread, so that who waits for one can tell that a reader stands still: a
+        disk or server that answers nothing is no error of its own."""
+        stall = Stall(self)
+        return ahead(self.batches(position), lambda batch: batch, stall)
 
     def pipeline_from(self, position: tuple[int, int]):
         """Kept, as validation opens it again and again."""
@@ -906,6 +918,40 @@ class Patience:
         time.sleep(pause)
 
 
+class Stall:
+    """Called each second in which a batch is waited for, with their number: warns of a reader that
+    has stood still for a minute, exits after ten."""
+
+    warn_s, exit_s = 60, 600
+
+    def __init__(self, loader: Loader):
+        self.loader, self.draws, self.since = loader, 0, 0
+
+    def __call__(self, waited: int):
+        draws, dataset = self.loader.progress.numpy().tolist()
+        if draws != self.draws or not draws or waited == 1:      # reads, or begins
+            self.draws, self.since = draws, waited
+        still, data = waited - self.since, self.loader.cfg.data
+        told = f"reading '{self.loader.names[dataset]}' of '{data}' stands still for {still} s"
+        if still == self.warn_s:
+            print(f"data_oxe: {told}", file=sys.stderr, flush=True)
+        if still >= self.exit_s:
+            fail(f"{told}; check the disk or server that it lies on, then --resume")
+
+
+@contextlib.contextmanager
+def told_if_slow(path: str):
+    """Says so where a file takes more than a minute, before there is a batch to wait for."""
+    what = f"data_oxe: reading '{path}' takes more than {Stall.warn_s} s"
+    timer = threading.Timer(Stall.warn_s, print, (what,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def values_of(path: str, parse, count: int = -1) -> list:
     """parse(record) of the first `count` records of a file (-1: all), as numpy, up to a corrupt
     one. A file that is out of reach is tried again from its start."""
@@ -914,8 +960,9 @@ def values_of(path: str, parse, count: int = -1) -> list:
         values = []
         try:
             parsed = tf.data.TFRecordDataset(path).take(count).map(no_autograph(parse))
-            for value in parsed.as_numpy_iterator():
-                values.append(value)
+            with told_if_slow(path):
+                for value in parsed.as_numpy_iterator():
+                    values.append(value)
             return values
         except tf.errors.DataLossError:
             return values
@@ -1419,10 +1466,10 @@ def resize_to(frames, size: int):
     return x.permute(0, 2, 3, 1).reshape(*frames.shape[:-3], size, size, 3)
 
 
-def ahead(batches, transform):
+def ahead(batches, transform, waiting=None):
     """Runs `batches` (of (batch, position)) in one background thread, one transformed batch ahead
-    of the consumer."""
-    queue, stop = Queue(1), threading.Event()
+    of the consumer, who calls waiting(seconds so far) each second in which there is none."""
+    queue, stop, waited = Queue(1), threading.Event(), 0
 
     def put(item):
         while not stop.is_set():
@@ -1443,7 +1490,13 @@ def ahead(batches, transform):
     thread.start()
     try:
         while True:
-            item = queue.get()
+            try:
+                item = queue.get(timeout=1 if waiting else None)
+            except Empty:
+                waited += 1
+                waiting(waited)
+                continue
+            waited = 0
             if isinstance(item, StopIteration):
                 return
             if isinstance(item, BaseException):
@@ -1451,7 +1504,8 @@ def ahead(batches, transform):
             yield item
     finally:
         stop.set()
-        thread.join(timeout=30)                                 # it ends with the batch it is at
+        if not waited:                                          # else it may never end
+            thread.join(timeout=30)                             # it ends with the batch it is at
 
 
 # ------------------------------------------------------------ writing

@@ -140,7 +140,9 @@ class Config(data_oxe.DataConfig):
     # run
     eval_every: int = 400                   # steps between validations
     eval_batches: int = 16                  # batches of 64 in a validation
-    save_every: int = 250                   # steps between checkpoints
+    save_every: int = 250                   # steps between checkpoints; the last three are kept
+    keep_every: int = 0                     # ... that stay longer: ten, and each tenth for good
+    scratch: str = ""                       # the nodes' own disk, for last.pt; '': all in OUT
     log_every: int = 10                     # steps between lines of metrics.jsonl
     seed: int = 0                           # of weights, data order, noise and augmentation
     wandb: bool = False                     # also log to Weights & Biases
@@ -1052,7 +1054,6 @@ def main(cfg: Config) -> int:
                    min_motion=cfg.min_motion, demonstrations=False)
     loader = load(cfg, "train", local, seed=cfg.seed, rank=rank, world=world)
     loaders = evaluation_loaders(cfg, load)
-
     targets = Targets(cfg, device)
     control = make_model(cfg, loader, targets, device)                  # never trained: a baseline
     model = make_model(cfg, loader, targets, device)
@@ -1078,7 +1079,8 @@ def main(cfg: Config) -> int:
             with log.paused():
                 metrics = evaluate(model, control, cfg, loaders, device)
             log.validation(step, metrics, describe(metrics, cfg))
-        if stop or last or (step > start and step % cfg.save_every == 0):
+            save.judge(step, metrics["psnr_shuffled"] - metrics["psnr"])
+        if stop or last or (step > start and save.due(step)):
             with log.paused():
                 save(step, wait=stop or last)
         if stop or last:
@@ -1317,7 +1319,7 @@ def fail(message: str):
 
 
 def check_run(cfg, world: int):
-    """Exits where settings that all stages share do not go together; sets OUT of a resumed run."""
+    """Exits where settings that all stages share do not go together."""
     for name in ("batch_size", "eval_every", "eval_batches", "save_every", "log_every"):
         if getattr(cfg, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
@@ -1329,8 +1331,18 @@ def check_run(cfg, world: int):
         fail(f"--micro-batch {cfg.micro_batch} does not divide the {local} samples a process")
     if not 0 <= cfg.final_lr <= 1:
         fail(f"--final-lr {cfg.final_lr} is a share of the peak learning rate, from 0 to 1")
+    if cfg.scratch and not cfg.keep_every:
+        fail(f"--scratch '{cfg.scratch}' is lost with its node: give --keep-every, the steps "
+             f"between checkpoints that OUT keeps, too")
+
+
+def find_run(cfg):
+    """Finds the checkpoint to go on from, and its OUT. Exits where there is none, and where a new
+    run would overwrite one."""
     if cfg.resume == "auto":
-        cfg.resume = newest_checkpoint(cfg.out)
+        cfg.resume = choose_checkpoint(cfg)
+    elif cfg.resume and Path(cfg.resume).is_file():
+        check_whole(cfg.resume, "--resume")
     if cfg.export_only and not cfg.resume:
         fail("--export-only needs --resume CHECKPOINT")
     if cfg.resume:
@@ -1341,7 +1353,7 @@ def check_run(cfg, world: int):
             fail(f"--resume '{cfg.resume}' goes on in its own folder, but --out is '{cfg.out}'; "
                  f"leave --out away, or copy the checkpoint there")
         cfg.out = str(home)
-    elif any((Path(cfg.out) / name).exists() for name in CHECKPOINTS) and not cfg.overwrite:
+    elif checkpoints_of(cfg) and not cfg.overwrite:
         fail(f"--out '{cfg.out}' holds a run; continue it with --resume auto, give another "
              f"--out, or --overwrite it")
 
@@ -1353,6 +1365,7 @@ def setup(cfg) -> tuple[int, int, torch.device]:
     device = find_device()
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    find_run(cfg)
     torch.manual_seed(cfg.seed)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     return rank, world, device
@@ -1430,6 +1443,15 @@ def pieces(batch: dict, size: int):
         yield piece, size / n, i + size >= n
 
 
+def of_all_ranks(value) -> list:
+    """Every process's value, by rank."""
+    values = [value]
+    if dist.is_initialized():
+        values = values * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def mean_of_ranks(x: torch.Tensor) -> torch.Tensor:
     """Mean of a tensor over all processes, in place."""
     if dist.is_initialized():
@@ -1438,12 +1460,18 @@ def mean_of_ranks(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-CHECKPOINTS = "last.pt", "last-1.pt", "last-2.pt"           # of OUT, newest first
+CHECKPOINTS = "last.pt", "last-1.pt", "last-2.pt"           # newest first
+DURABLE = "step_" + 8 * "[0-9]" + ".pt"                     # in OUT; the newest ten are kept
 
 
 class Saver:
-    """OUT/last.pt and the two checkpoints before it. save(step) copies the state; while training
-    goes on, a thread writes the copy under another name and renames it. wait: until it has.
+    """The checkpoints of a run. save(step) copies the state; while training goes on, a thread
+    writes the copy, each file under another name until it is whole.
+
+    last.pt     every save_every steps; the two before it are kept. In OUT, or with --scratch in a
+                folder there; in OUT in any case where the run ends or is stopped
+    step_N.pt   every keep_every steps, in OUT: the newest ten, and each tenth for good
+    best.pt     of the validation with the smallest error, in OUT
 
     All ranks call it: each has its own place in the data. Randomness is a function of (seed, step),
     so no state of it is kept. Where the thread fails, the next call ends the run.
@@ -1452,33 +1480,68 @@ class Saver:
     def __init__(self, cfg, model: nn.Module, optimizer, loader):
         self.cfg, self.model, self.optimizer, self.loader = cfg, model, optimizer, loader
         self.thread, self.writing = ThreadPoolExecutor(1), None
+        self.out, self.path = Path(cfg.out), Path(cfg.out)
+        self.judged = None                                              # step of the last error
+        self.least = entry_of(self.out / "best.pt", "least")
+
+    def judge(self, step: int, error: float):
+        """A validation's error: the smallest makes best.pt."""
+        self.judged, self.error = step, float(error)
+
+    def due(self, step: int) -> bool:
+        cfg = self.cfg
+        durable = cfg.keep_every and step % cfg.keep_every == 0
+        return step % cfg.save_every == 0 or durable or step == self.judged
 
     def __call__(self, step: int, wait: bool):
-        data = [self.loader.state_dict()]
-        if dist.is_initialized():
-            data = data * dist.get_world_size()
-            dist.all_gather_object(data, self.loader.state_dict())
-            if dist.get_rank() > 0:
-                return
+        """wait: until all is written, as the run ends here."""
+        data = of_all_ranks(self.loader.state_dict())
+        paths = self.paths(step, wait) if int(os.environ.get("RANK", 0)) == 0 else []
+        if not paths:
+            return
         self.finish()
         state = on_cpu({"step": step, "config": asdict(self.cfg), "data": data,
-                        "model": self.model.state_dict(),
+                        "model": self.model.state_dict(), "least": self.least,
                         "optimizer": self.optimizer.state_dict()})
-        self.writing = self.thread.submit(self.write, state)
+        self.writing = self.thread.submit(self.write, state, paths)
         if wait:
             self.finish()
+            if self.cfg.scratch:                                        # OUT has a newer one
+                shutil.rmtree(fast_folder(self.cfg), ignore_errors=True)
 
-    def write(self, state: dict):
-        last, before, oldest = (Path(self.cfg.out) / name for name in CHECKPOINTS)
-        unfinished = last.with_name(".last.pt.partial")
-        with unfinished.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())                                     # before it gets the name
+    def paths(self, step: int, wait: bool) -> list[Path]:
+        """What a step's state is written to."""
+        cfg, paths = self.cfg, []
+        if wait or step % cfg.save_every == 0:
+            paths.append((self.out if wait else fast_folder(cfg)) / CHECKPOINTS[0])
+        if cfg.keep_every and step % cfg.keep_every == 0:
+            paths.append(self.out / f"step_{step:08d}.pt")
+        if step == self.judged and self.error < self.least:
+            self.least = self.error
+            paths.append(self.out / "best.pt")
+        return paths
+
+    def write(self, state: dict, paths: list[Path]):
+        for self.path in paths:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = self.path.with_name(f".{self.path.name}.partial")
+            with unfinished.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())                                 # before it gets the name
+            if self.path.name == CHECKPOINTS[0]:
+                self.make_way(self.path.parent)
+            unfinished.rename(self.path)
+        for path in sorted(self.out.glob(DURABLE))[:-10] if self.cfg.keep_every else ():
+            if int(path.stem[5:]) % (10 * self.cfg.keep_every):
+                path.unlink()
+
+    def make_way(self, folder: Path):
+        """For a last.pt."""
+        last, before, oldest = (folder / name for name in CHECKPOINTS)
         for path, older in ((before, oldest), (last, before)):
             if path.exists():
                 path.rename(older)
-        unfinished.rename(last)
 
     def finish(self):
         """Waits for the thread; exits where it failed."""
@@ -1486,8 +1549,9 @@ class Saver:
             if self.writing:
                 self.writing.result()
         except (OSError, RuntimeError) as error:
-            free = shutil.disk_usage(self.cfg.out).free / 1e6
-            fail(f"no checkpoint could be written to '{self.cfg.out}', where {free:.0f} MB are "
+            folder = self.path.parent
+            free = shutil.disk_usage(folder).free / 1e6 if folder.exists() else 0
+            fail(f"no checkpoint could be written to '{folder}', where {free:.0f} MB are "
                  f"free ({str(error).splitlines()[0]}); make room and continue with --resume auto")
 
 
@@ -1502,7 +1566,30 @@ def on_cpu(state):
 
 # what may differ between a run and its continuation
 FREE = {"out", "overwrite", "data", "threads", "max_bad", "resume", "export_only", "wandb",
-        "eval_every", "save_every", "log_every", "compile"}
+        "eval_every", "save_every", "keep_every", "scratch", "log_every", "compile"}
+
+
+def fast_folder(cfg) -> Path:
+    """Of last.pt: OUT, or the run's own in --scratch."""
+    run_id = Path(cfg.out) / "run_id"
+    if not cfg.scratch or not run_id.exists():
+        return Path(cfg.out)
+    return Path(cfg.scratch) / f"nanolapa_{run_id.read_text()}"
+
+
+def checkpoints_of(cfg) -> list[Path]:
+    """All of a run that this node sees."""
+    folders = dict.fromkeys([Path(cfg.out), fast_folder(cfg)])
+    return [path for folder in folders for name in (*CHECKPOINTS, DURABLE, "best.pt")
+            for path in folder.glob(name)]
+
+
+def entry_of(path: Path, name: str) -> float:
+    """A number that a checkpoint holds, without reading tensors; inf where it cannot be read."""
+    try:
+        return float(torch.load(path, map_location="cpu", mmap=True, weights_only=True)[name])
+    except Exception:                                           # the reader fails in many ways
+        return math.inf
 
 
 def is_whole(path) -> bool:
@@ -1514,24 +1601,49 @@ def is_whole(path) -> bool:
         return False
 
 
-def newest_checkpoint(out: str) -> str:
-    """The newest of OUT that is whole; '' where there is none. Exits if all are damaged."""
-    present = [path for name in CHECKPOINTS if (path := Path(out) / name).is_file()]
-    for path in present:
-        if is_whole(path):
-            return str(path)
+def newest_checkpoint(cfg) -> tuple[int, str]:
+    """Step and path of the newest that is whole, as far as this node sees; (-1, '') where there is
+    none. Exits if all are damaged."""
+    steps = {str(path): entry_of(path, "step") for path in checkpoints_of(cfg)}
+    for path in sorted(steps, key=steps.get, reverse=True):
+        if steps[path] < math.inf and is_whole(path):
+            return int(steps[path]), path
         warn(f"checkpoint '{path}' is damaged")
-    if present:
-        fail(f"--resume auto: all checkpoints of '{out}' are damaged; start anew with --overwrite "
-             f"in place of --resume")
-    return ""
+    if steps:
+        fail(f"--resume auto: all checkpoints of '{cfg.out}' are damaged; start anew with "
+             f"--overwrite in place of --resume")
+    return -1, ""
+
+
+def choose_checkpoint(cfg) -> str:
+    """--resume auto: the newest of OUT and all nodes' --scratch, the same for all ranks; ''
+    where there is none. One process a node looks. What only its node sees is copied to OUT."""
+    looks = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    mine = newest_checkpoint(cfg) if looks else (-1, "")
+    found = of_all_ranks(mine)
+    step, path = newest = max(found)
+    if not path or Path(path).parent == Path(cfg.out):
+        return path
+    copied = Path(cfg.out) / f"step_{step:08d}.pt"
+    if int(os.environ.get("RANK", 0)) == found.index(newest):
+        unfinished = copied.with_name(f".{copied.name}.partial")
+        try:
+            shutil.copyfile(path, unfinished)
+        except OSError as error:
+            fail(f"'{path}' cannot be copied to '{cfg.out}' ({error}); make room there")
+        unfinished.rename(copied)
+    of_all_ranks(None)                                          # it is there
+    return str(copied)
+
+
+def check_whole(path: str, option: str):
+    if not is_whole(path):
+        fail(f"{option} '{path}' is damaged or is not a checkpoint of this script; give "
+             f"OUT/last.pt, or --resume auto, which takes the newest that is whole")
 
 
 def read_checkpoint(path: str, option: str) -> dict:
     """What Saver wrote; exits where the file is something else."""
-    if not is_whole(path):
-        fail(f"{option} '{path}' is damaged or is not a checkpoint of this script; give "
-             f"OUT/last.pt, or --resume auto, which takes the newest that is whole")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["config"], state["step"], state["model"], state["optimizer"], state["data"]
@@ -1546,6 +1658,9 @@ def load_checkpoint(cfg, model: nn.Module, optimizer, loader, rank: int, world: 
     """Restores all that Saver wrote. Exits, naming the fields, where the run would not be the
     same. -> step"""
     state = read_checkpoint(cfg.resume, "--resume")
+    if len(steps := set(of_all_ranks(state["step"]))) > 1:
+        fail(f"the processes see '{cfg.resume}' at different steps, {sorted(steps)}; --out must "
+             f"be on storage that all nodes share")
     stored = state["config"]
     differ = [f"{f.name} was {stored.get(f.name)!r}, is {getattr(cfg, f.name)!r}"
               for f in fields(cfg)
@@ -1588,9 +1703,12 @@ class Logger:
     def open(self, start: int):
         """A resumed run keeps the lines before its step; a half-written one is left out."""
         self.path.with_name("stopped").unlink(missing_ok=True)
+        run_id = self.path.with_name("run_id")
         if not self.cfg.resume:
-            for name in CHECKPOINTS:
-                self.path.with_name(name).unlink(missing_ok=True)       # of a run to --overwrite
+            for checkpoint in checkpoints_of(self.cfg):                 # of a run to --overwrite
+                checkpoint.unlink()
+        if not self.cfg.resume or not run_id.exists():
+            run_id.write_text(secrets.token_hex(4))
         kept = []
         for line in self.path.read_text().splitlines() if start and self.path.exists() else []:
             with contextlib.suppress(json.JSONDecodeError):
@@ -1599,12 +1717,9 @@ class Logger:
         self.path.write_text("".join(kept))
         if self.cfg.wandb:
             import wandb
-            name = self.path.with_name("wandb_id")                      # the same run on resuming
-            if not self.cfg.resume or not name.exists():
-                name.write_text(secrets.token_hex(4))
             self.wandb = wandb.init(project="nanolapa", name=self.path.parent.name,
                                     dir=self.cfg.out, config=asdict(self.cfg),
-                                    id=name.read_text(), resume="allow")
+                                    id=run_id.read_text(), resume="allow")
         self.bar = tqdm(total=self.cfg.steps, initial=start, desc=self.path.parent.name,
                         unit="step", mininterval=2)
 
@@ -1657,7 +1772,7 @@ class Logger:
         for step, norm, episodes in self.norms:
             if not math.isfinite(norm):
                 fail(f"gradient norm {float(norm)} at step {step}, episodes {episodes.tolist()}; "
-                     f"the last good checkpoint is '{self.cfg.out}/last.pt'")
+                     f"the last good checkpoint is '{fast_folder(self.cfg)}/last.pt'")
         self.norms = []
 
     def validation(self, step: int, metrics: dict, text: str):
@@ -2022,6 +2137,7 @@ PLOTS = (plot_motion, plot_compass, plot_usage, plot_gallery, plot_transfer, plo
 
 def stored_config(path: str) -> Config:
     """The settings of a checkpoint, as defaults for its analysis in its own folder."""
+    check_whole(path, "--analyze")
     stored = read_checkpoint(path, "--analyze")["config"]
     known = {f.name: stored[f.name] for f in fields(Config) if f.name in stored}
     return Config(**{**known, "out": str(Path(path).parent)})

@@ -15,6 +15,7 @@ renderer crash in one process.
 
 Worlds: Meta-World (arXiv 1910.10897). Letters: T time, C chunk, A action width, Ds state width.
 """
+import hashlib
 import io
 import json
 import math
@@ -25,6 +26,7 @@ import sys
 import time
 import traceback
 import warnings
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -498,6 +500,29 @@ def policy_at(folder: str):
 
 
 # ------------------------------------------------------------ policy/, results
+def file_sums(folder: Path) -> list[str]:
+    """Lines as sha256sum writes them, of all files but hidden ones and SHA256SUMS itself."""
+    lines = []
+    for path in sorted(folder.rglob("[!.]*")):
+        if path.is_file() and path.name != "SHA256SUMS":
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            lines.append(f"{digest}  {path.relative_to(folder)}")
+    return lines
+
+
+def check_sums(folder: Path):
+    """Exits where the files of a hand-over folder are not those that were exported."""
+    path = folder / "SHA256SUMS"
+    if not path.is_file():
+        return warn(f"'{folder}' has no SHA256SUMS, so damage may go unseen")
+    differ = set(path.read_text(errors="replace").splitlines()) ^ set(file_sums(folder))
+    if differ:
+        names = sorted({line.partition("  ")[2] for line in differ})
+        fail(f"'{folder}/{names[0]}' is damaged or missing, or was not exported: its checksum is "
+             f"not that of SHA256SUMS; export the folder again")
+
+
 def load_manifest(cfg: Config) -> dict:
     """policy/manifest.json, with "camera" and "source_size", the side of the pictures that the
     policy learned from. Exits with the two values where schema or widths do not fit the world."""
@@ -506,6 +531,7 @@ def load_manifest(cfg: Config) -> dict:
     if not path.exists():
         fail(f"no policy at '{folder}' (manifest.json is missing); finetune.py writes one to "
              f"OUT/policy")
+    check_sums(folder)
     try:
         spec = json.loads(path.read_text())
     except ValueError as error:
@@ -522,8 +548,7 @@ def load_manifest(cfg: Config) -> dict:
     first_camera = next(iter(sizes))
     camera = cfg.camera or first_camera
     if camera not in sizes:
-        print(f"warning: policy '{folder}' has not seen camera {camera}, only "
-              f"{', '.join(sizes)}", file=sys.stderr)
+        warn(f"policy '{folder}' has not seen camera {camera}, only {', '.join(sizes)}")
     open_program(folder / "policy.pt2")                     # faults are told here, not in workers
     return {**spec, "camera": camera, "source_size": sizes.get(camera, sizes[first_camera])}
 
@@ -531,7 +556,8 @@ def load_manifest(cfg: Config) -> dict:
 def tokenize(cfg: Config, spec: dict) -> dict[str, tuple]:
     """{task: (ids, mask) of its sentence}"""
     from transformers import AutoTokenizer
-    tokenizer, sentences = AutoTokenizer.from_pretrained(cfg.policy), WORLDS[cfg.world].sentences()
+    tokenizer = AutoTokenizer.from_pretrained(cfg.policy, trust_remote_code=False)
+    sentences = WORLDS[cfg.world].sentences()
     tokens = {task: tokenizer(sentences[task], padding="max_length", max_length=spec["text_len"],
                               truncation=True, padding_side="right") for task in cfg.tasks}
     return {task: (x["input_ids"], x["attention_mask"]) for task, x in tokens.items()}
@@ -669,6 +695,8 @@ def open_program(path):
     from torch.export.pt2_archive._package import load_pt2     # export.load also tries old layouts
     try:
         data = Path(path).read_bytes()
+        if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():      # torch does not look
+            raise ValueError(f"the checksum of {damaged} is wrong")
         found = next(foreign(PT2ArchiveReader(io.BytesIO(data))), None)
         if found is None:
             contents = load_pt2(io.BytesIO(data))
@@ -684,6 +712,11 @@ def open_program(path):
 def fail(message: str):
     """A user's error: one line, exit code 1, no traceback."""
     raise SystemExit(f"{Path(sys.argv[0]).stem}: {message}")
+
+
+def warn(message: str):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def run(cfg: Config):

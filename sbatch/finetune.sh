@@ -20,4 +20,5 @@ set -euo pipefail
 source sbatch/slurm.sh
 launch finetune.py --resume auto \
   --mix bridge --init runs/vla/stage2 --chunk 50 --head-width 1024 \
-  --batch-size 256 --steps 20000 --final-lr 0.025 --grad-clip 10 --dtype bfloat16 --wandb "$@"
+  --batch-size 256 --steps 20000 --final-lr 0.025 --grad-clip 10 --dtype bfloat16 \
+  --keep-every 5000 --wandb "$@"

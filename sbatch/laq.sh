@@ -20,4 +20,4 @@ set -euo pipefail
 source sbatch/slurm.sh
 launch laq.py --resume auto \
   --mix bridge,fractal20220817_data --resize gpu --size base --batch-size 512 --steps 50000 \
-  --shift 12 --crop 0.1 --color 0.1 --dtype bfloat16 --compile --wandb "$@"
+  --shift 12 --crop 0.1 --color 0.1 --dtype bfloat16 --compile --keep-every 5000 --wandb "$@"

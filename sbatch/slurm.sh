@@ -4,7 +4,7 @@
 #   INTERFACE=ib0           network interface of NCCL and gloo, where they choose a wrong one
 #   CACHE=/scratch/me       where models, datasets and temporary files go; all nodes must see it
 #   CONTAINER=image.sqsh    run in this image (enroot with pyxis) instead of .venv
-#   MOUNTS=/data:/data,...  what the container sees besides this folder
+#   MOUNTS=/data:/data,...  what the container sees besides this folder and CACHE
 if [ -n "${INTERFACE:-}" ]; then
   export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
 fi
@@ -13,7 +13,8 @@ if [ -n "${CACHE:-}" ]; then
   mkdir -p "$TMPDIR"
 fi
 if [ -n "${CONTAINER:-}" ]; then
-  container=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD${MOUNTS:+,$MOUNTS}"
+  mounts=$PWD:$PWD${CACHE:+,$CACHE:$CACHE}${MOUNTS:+,$MOUNTS}
+  container=(--container-image="$CONTAINER" --container-mounts="$mounts"
              --container-workdir="$PWD")
 else
   container=()

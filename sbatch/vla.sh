@@ -21,4 +21,5 @@ source sbatch/slurm.sh
 launch vla.py --resume auto \
   --mix bridge,fractal20220817_data --resize gpu --laq-ckpt runs/laq/laq.pt2 \
   --trunk HuggingFaceTB/SmolVLM2-500M-Video-Instruct --head-width 1024 --head-depth 4 \
-  --batch-size 256 --steps 30000 --final-lr 0.025 --grad-clip 10 --dtype bfloat16 --wandb "$@"
+  --batch-size 256 --steps 30000 --final-lr 0.025 --grad-clip 10 --dtype bfloat16 \
+  --keep-every 5000 --wandb "$@"

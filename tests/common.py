@@ -1,10 +1,13 @@
 """What several test files use: the scripts as a user runs them, and their metrics."""
 import contextlib
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -13,9 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"              # before transformers is imported
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TQDM_DISABLE": "1"}     # first
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "TQDM_DISABLE": "1"}
+import tyro                                     # noqa: E402
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 TASKS = ["drawer-open", "faucet-close"]
 TINY = ["--batch-size", "8", "--eval-batches", "1", "--eval-every", "1000", "--log-every", "1"]
 
@@ -35,6 +40,13 @@ def run(script, *args, processes=0, check=True, env=None):
         raise AssertionError(f"{script} {args} exited {p.returncode}\n{p.stdout[-2000:]}\n"
                              f"{p.stderr[-4000:]}")
     return p
+
+
+def run_here(script, *args):
+    """The same in this process, which has imported all that takes seconds."""
+    stage = importlib.import_module(script.removesuffix(".py"))
+    with mock.patch.object(signal, "signal"):               # pytest's own stay
+        assert stage.main(tyro.cli(stage.Config, args=[*map(str, args)])) == 0
 
 
 def start(script, *args):

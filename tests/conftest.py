@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from common import TASKS, TINY, run
+from common import TASKS, TINY, run, run_here
 
 
 def once(tmp_path_factory, name, make):
@@ -34,26 +34,37 @@ def data(tmp_path_factory):
 def stages(data, tmp_path_factory):
     """The loop run once, small: folder with laq/, vla/ and ft/."""
     def train(out):
-        run("laq.py", "--data", data, "--out", out / "laq", "--steps", 30, *TINY)
-        run("vla.py", "--data", data, "--out", out / "vla", "--steps", 10, *TINY,
-            "--laq-ckpt", out / "laq/laq.pt2")
-        run("finetune.py", "--data", data, "--out", out / "ft", "--steps", 10, *TINY,
-            "--init", out / "vla/stage2", "--episodes-per-task", 2,
-            "--laq-ckpt", out / "laq/laq.pt2")
+        run_here("laq.py", "--data", data, "--out", out / "laq", "--steps", 30, *TINY)
+        run_here("vla.py", "--data", data, "--out", out / "vla", "--steps", 10, *TINY,
+                 "--laq-ckpt", out / "laq/laq.pt2")
+        run_here("finetune.py", "--data", data, "--out", out / "ft", "--steps", 10, *TINY,
+                 "--init", out / "vla/stage2", "--episodes-per-task", 2,
+                 "--laq-ckpt", out / "laq/laq.pt2")
     return once(tmp_path_factory, "stages", train)
+
+
+def write_episodes(folder, same):
+    """Eight episodes of noise, one frame pair each; the same eight times or others."""
+    import data_oxe
+    import rollout
+    rng, entry = np.random.default_rng(0), data_oxe.Entry(**rollout.MetaWorld.entry)
+    with data_oxe.EpisodeWriter(str(folder), "metaworld_corner4", entry, 64) as writer:
+        for i in range(8):
+            if i == 0 or not same:
+                images = rng.integers(0, 255, (9, 64, 64, 3), np.uint8)
+                action = rng.standard_normal((9, 4))
+            writer.add(images, np.zeros((9, 4)), action, action, np.zeros(9), "Do it", task="x",
+                       seed=i, success=True, file_path="")
+    return folder
 
 
 @pytest.fixture(scope="session")
 def same_episodes(tmp_path_factory):
-    """Episodes that are all equal and hold one frame pair: every rank sees the same batch."""
-    import data_oxe
-    import rollout
-    folder, rng = tmp_path_factory.mktemp("same"), np.random.default_rng(0)
-    images = rng.integers(0, 255, (9, 64, 64, 3), np.uint8)
-    action = rng.standard_normal((9, 4))
-    entry = data_oxe.Entry(**rollout.MetaWorld.entry)
-    with data_oxe.EpisodeWriter(str(folder), "metaworld_corner4", entry, 64) as writer:
-        for i in range(8):
-            writer.add(images, np.zeros((9, 4)), action, action, np.zeros(9), "Do it", task="x",
-                       seed=i, success=True, file_path="")
-    return folder
+    """Every rank sees the same batch."""
+    return write_episodes(tmp_path_factory.mktemp("same"), same=True)
+
+
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory):
+    """Data in no time: a loss falls on it, that is all."""
+    return write_episodes(tmp_path_factory.mktemp("noise"), same=False)

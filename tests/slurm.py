@@ -71,6 +71,7 @@ SelectTypeParameters=CR_CPU
 GresTypes=gpu
 SchedulerParameters=sched_interval=1,bf_interval=1
 SlurmdParameters=config_overrides
+KillWait=5
 NodeName={host} Port={ports[1]} {node}
 NodeName={host}-2 Port={ports[2]} {node}
 PartitionName=one Nodes=ALL Default=YES
@@ -110,6 +111,19 @@ class Slurm:
             assert time.time() < until, f"job {job} is {state}\n{self.log(job)[-4000:]}"
             time.sleep(0.3)
         return state
+
+    def lose_node(self, job):
+        """The second node is drained, which a job survives, and fails; when the job is back in its
+        queue, the node is there again."""
+        def node(state):
+            self("scontrol", "update", f"nodename={socket.gethostname()}-2", f"state={state}",
+                 *["reason=test"] * (state != "resume"))
+        node("drain")
+        assert self.state(job) == "RUNNING"
+        node("down")
+        while self.state(job) != "PENDING":
+            time.sleep(0.1)
+        node("resume")
 
     def log(self, job):
         return "".join(path.read_text() for path in self.home.glob(f"*-{job}.log"))
@@ -154,22 +168,26 @@ def slurm(tmp_path_factory):
 
 
 # ------------------------------------------------------------ what is held
-def test_a_chain_survives_preemption_and_equals_runs_without_slurm(slurm, data, tmp_path):
-    """Three jobs over two nodes, the first of them stopped and requeued on the way, and rollouts;
-    beside the same runs of two processes on one node, unbroken."""
-    common = ["--data", data, *SMALL, "--steps", 24]
+def test_a_chain_survives_and_equals_runs_without_slurm(slurm, noise, tmp_path):
+    """Three jobs over two nodes, the first one preempted, the second one robbed of a node, then
+    rollouts; beside the same runs of two processes on one node, unbroken."""
+    common = ["--data", noise, *SMALL, "--steps", 24, "--save-every", 4]
     words = {stage.upper(): " ".join(map(str, args)) for stage, args in STAGE.items()}
-    out = slurm("bash", "sbatch/chain.sh", tmp_path, *slurm.options, "--", *common, **words,
-                ROLLOUT="--episodes 1 --max-steps 24 --tasks drawer-open faucet-close")
+    out = slurm("bash", "sbatch/chain.sh", tmp_path, *slurm.options, "--", *common,
+                "--keep-every", 8, "--scratch", tmp_path / "disk", **words,
+                ROLLOUT="--episodes 1 --max-steps 8 --tasks drawer-open faucet-close")
     jobs = dict(re.findall(r"(\w+): job (\d+)", out))
     slurm.wait_for_steps(jobs["laq"], tmp_path / "laq", 5)
     slurm("scancel", "--batch", "--signal=USR1", jobs["laq"])
+    slurm.wait_for_steps(jobs["vla"], tmp_path / "vla", 10)
+    slurm.lose_node(jobs["vla"])
     for stage, job in jobs.items():
         assert slurm.wait(job) == "COMPLETED", f"{stage}\n{slurm.log(job)[-4000:]}"
     assert (tmp_path / "rollout/results.json").exists()
     assert "goes back to its queue" in slurm.log(jobs["laq"])
-    record = (tmp_path / f"laq/job_{jobs['laq']}_1.txt").read_text()    # of its second start
-    assert "torch==" in record and "--steps 24" in record and "commit: " in record
+    for stage in ("laq", "vla"):
+        again = (tmp_path / f"{stage}/job_{jobs[stage]}_1.txt").read_text()    # its second start
+        assert "torch==" in again and "--steps 24" in again and "commit: " in again
     laq_ckpt = ["--laq-ckpt", tmp_path / "laq/laq.pt2"]
     inputs = {"laq": [], "vla": laq_ckpt,
               "finetune": [*laq_ckpt, "--init", tmp_path / "vla/stage2"]}

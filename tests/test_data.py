@@ -2,6 +2,7 @@
 right."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -539,6 +540,24 @@ def test_a_file_out_of_reach_is_waited_for(tmp_path, monkeypatch, capsys):
         take(loader, 20)
 
 
+def test_a_reader_that_stands_still_is_named(tmp_path, monkeypatch, capfd):
+    """A pipe without a writer answers as a dead server does: not at all, not even with an error."""
+    for name in ("bridge", "viola"):
+        fake(tmp_path, name)
+    (path,) = (tmp_path / "viola/0.1.0").glob("*.tfrecord*")
+    loader = loader_of(tmp_path, "bridge,viola", "train", 8, 24)
+    path.unlink()
+    os.mkfifo(path)
+    monkeypatch.setattr(data_oxe.Stall, "warn_s", 1)
+    monkeypatch.setattr(data_oxe.Stall, "exit_s", 2)
+    for batches in (loader.to("cpu"), loader.peek(1)):
+        with pytest.raises(SystemExit, match="reading 'viola' of .* stands still for 2 s; check"):
+            next(batches)
+        assert "reading 'viola'" in capfd.readouterr().err
+    threading.Timer(1.5, path.write_bytes, (b"",)).start()  # ends all reading of the pipe
+    with pytest.raises(SystemExit, match="Illegal seek"):
+        data_oxe.values_of(str(path), lambda record: record)
+    assert f"reading '{path}' takes more than 1 s" in capfd.readouterr().err
 def test_blue_pictures_are_turned(tmp_path):
     """Datasets that store BGR come as RGB, in a mix with others too."""
     red = np.zeros((24, 24, 3), np.uint8)

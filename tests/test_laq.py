@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from common import TINY, OnlyMeta, metrics, run
+from common import TINY, OnlyMeta, metrics, run, run_here
 
 import data_oxe
 import laq
@@ -227,14 +227,14 @@ def test_further_targets_and_wandb(data, tmp_path):
     args = ["--data", data, "--steps", 3, *TINY, "--arch", "cnn", "--quantizer", "fsq",
             "--crop", 0.2, "--color", 0.2, "--features", tmp_path / "dino",
             "--action-fraction", 0.5, "--flow-weight", 0, "--wandb"]
-    run("laq.py", *args, "--out", tmp_path / "run")
+    run_here("laq.py", *args, "--out", tmp_path / "run")
     seen = metrics(tmp_path / "run", "features", "action", "mfu", "data_wait", "flow", "summary")
     assert not seen.pop("flow") and not seen.pop("summary")
     assert all(len(x) == 3 for x in seen.values()) and 0.5 < seen["features"][0] < 1.5
     assert max(seen["action"].values()) > 0
-    run("laq.py", *args, "--resume", tmp_path / "run/last.pt")
+    run_here("laq.py", *args, "--resume", tmp_path / "run/last.pt")
     runs = {p.name.rsplit("-", 1)[1] for p in tmp_path.glob("run/wandb/offline-run-*")}
-    assert runs == {(tmp_path / "run/wandb_id").read_text()}
+    assert runs == {(tmp_path / "run/run_id").read_text()}
     batch = {"dataset": np.zeros(1000, int), "episode": np.arange(1000),
              "has_action": np.arange(1000) % 2 == 0}
     assert 15 < laq.labelled(laq.Config(action_fraction=0.05), batch).sum() < 35
@@ -258,7 +258,7 @@ def test_labeller_is_that_of_the_checkpoint(data, stages, tmp_path):
     assert manifest["schema"] == "laq.v2"
     assert manifest["horizon"]["metaworld_corner4"] == {"steps": 8, "seconds": 0.1}
     (tmp_path / "last.pt").write_bytes((stages / "laq/last.pt").read_bytes())
-    run("laq.py", "--data", data, "--steps", 30, *TINY, "--resume", tmp_path / "last.pt",
-        "--export-only")
+    run_here("laq.py", "--data", data, "--steps", 30, *TINY, "--resume", tmp_path / "last.pt",
+             "--export-only")
     again = vla.load_labeller(str(tmp_path / "laq.pt2"), torch.device("cpu"))
     assert torch.equal(again(frames)[0], codes)

@@ -14,6 +14,7 @@ from common import TINY, OnlyMeta
 import data_oxe
 import finetune
 import laq
+import rollout
 import test_pt2
 import vla
 from test_laq import loader_of, model_of, overfit
@@ -367,24 +368,70 @@ def test_stage2_reaches_the_policy(stages):
     assert manifest["units_of"] == "metaworld_corner4" and manifest["chunk"] == 8
 
 
-@pytest.mark.parametrize("broken, says", [
-    ("heads.safetensors", "heads.safetensors' is damaged or missing"),
-    ("trunk/model.safetensors", "no pretrained SmolVLM2 at"), ("manifest.json", "is damaged")])
-@pytest.mark.parametrize("how", ["missing", "truncated"])
-def test_a_broken_stage2_is_one_line(broken, says, how, stages, tmp_path):
-    folder = tmp_path / "stage2"
-    shutil.copytree(stages / "vla/stage2", folder)
-    content = (folder / broken).read_bytes()
-    (folder / broken).unlink()
-    if how == "truncated":
-        (folder / broken).write_bytes(content[:len(content) // 2])
-    elif broken == "manifest.json":
-        says = "manifest.json is missing"
+def broken_copy(folder, to, broken, how):
+    """A hand-over folder's copy, one of whose files is missing, half there, or changed by a bit."""
+    shutil.copytree(folder, to)
+    content = bytearray((to / broken).read_bytes())
+    half = len(content) // 2
+    content[half] ^= 1
+    (to / broken).unlink()
+    if how != "missing":
+        (to / broken).write_bytes(content[:half] if how == "truncated" else content)
+    return to
+
+
+@pytest.mark.parametrize("broken", ["heads.safetensors", "trunk/model.safetensors",
+                                    "tokenizer/tokenizer_config.json", "manifest.json"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "changed"])
+def test_a_broken_stage2_is_one_line(broken, how, stages, tmp_path):
+    folder = broken_copy(stages / "vla/stage2", tmp_path / "stage2", broken, how)
     args = ["--init", str(folder), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as error:
         finetune.main(tyro.cli(finetune.Config, args=args))
+    missing = broken == "manifest.json" and how == "missing"
+    says = "(manifest.json is missing)" if missing else f"{broken}' is damaged or missing"
     assert says in error.value.code and str(folder) in error.value.code
     assert "\n" not in error.value.code
+
+
+@pytest.mark.parametrize("broken, says", [
+    ("heads.safetensors", "heads.safetensors' is damaged or missing"),
+    ("trunk/model.safetensors", "no pretrained SmolVLM2 at"), ("manifest.json", "is damaged")])
+def test_a_broken_stage2_without_checksums_is_one_line(broken, says, stages, tmp_path, capsys):
+    folder = broken_copy(stages / "vla/stage2", tmp_path / "stage2", broken, "truncated")
+    (folder / "SHA256SUMS").unlink()
+    with pytest.raises(SystemExit) as error:
+        finetune.main(finetune.Config(init=str(folder), out=str(tmp_path / "out")))
+    assert says in error.value.code and "\n" not in error.value.code
+    assert "has no SHA256SUMS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", ["policy.pt2", "manifest.json", "tokenizer_config.json"])
+def test_a_broken_policy_is_one_line(broken, stages, tmp_path):
+    folder = broken_copy(stages / "ft/policy", tmp_path / "policy", broken, "changed")
+    with pytest.raises(SystemExit, match=f"{broken}' is damaged or missing") as error:
+        rollout.load_manifest(rollout.Config(policy=str(folder)))
+    assert "\n" not in error.value.code
+
+
+def test_a_trunk_that_holds_code_is_refused(stages, tmp_path):
+    """Pickled weights in place of safetensors, or Python files that the configs name."""
+    mark = tmp_path / "mark"
+    for name in ("weights", "code"):
+        shutil.copytree(stages / "vla/stage2", tmp_path / name)
+    trunk = tmp_path / "weights/trunk"
+    (trunk / "model.safetensors").unlink()
+    (trunk / "pytorch_model.bin").write_bytes(test_pt2.saved(mark))
+    for part, key in {"trunk": "AutoModel", "tokenizer": "AutoTokenizer"}.items():
+        folder = tmp_path / "code" / part
+        (folder / "evil.py").write_text(test_pt2.python(mark))
+        for path in folder.glob("*config.json"):
+            config = json.loads(path.read_text()) | {"auto_map": {key: "evil.Evil"}}
+            path.write_text(json.dumps({**config, "tokenizer_class": "Evil"}))
+    for name in ("weights", "code"):
+        with pytest.raises(SystemExit, match="no pretrained SmolVLM2"):
+            vla.load_trunk(str(tmp_path / name / "trunk"), 1, str(tmp_path / name / "tokenizer"))
+        assert not mark.exists()
 
 
 def test_a_policy_needs_actions_of_one_width(tmp_path):

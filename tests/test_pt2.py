@@ -303,7 +303,10 @@ def test_missing_file(tmp_path):
 
 def test_truncated_and_damaged(good, tmp_path):
     whole = good.read_bytes()
-    for content in (whole[: len(whole) // 2], whole[:-30], whole.replace(b"[", b"]")):
+    weight = whole.index(read(good)["data/weights/weight_0"])
+    flipped = whole[:weight] + bytes([whole[weight] ^ 1]) + whole[weight + 1 :]
+    zeroed = whole[:weight] + bytes(8) + whole[weight + 8 :]
+    for content in (whole[: len(whole) // 2], whole[:-30], flipped, zeroed, bytes(len(whole))):
         (tmp_path / "laq.pt2").write_bytes(content)
         assert "cannot be read" in refused(tmp_path / "laq.pt2")
 
