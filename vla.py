@@ -104,27 +104,44 @@ class Config(data_oxe.DataConfig):
 
 # ------------------------------------------------------------ model and loss
 class LatentPolicy(nn.Module):
-    """Trunk and a head that predicts a target: codes, vectors or actions.
+    """A mode: trunk, target and a head that a subclass adds.
 
-    forward(batch of to_inputs) -> losses by name; predict(batch) -> readout (B, W), the expected
-    target (B, N)
+    loss(batch of to_inputs) -> its parts by name, which main sums
+    predict(batch) -> readout (B, W), the expected target (B, N)
+    target(batch) -> target, weight (B, N); width: N
+    code_scores(prediction) -> (B, S, K), the higher the likelier a code; None without codes
     """
 
-    def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module):
+    def __init__(self, trunk: "Trunk", target: nn.Module):
         super().__init__()
-        self.trunk, self.target = trunk, target
-        self.head = FlowHead(target.width, trunk.width, cfg.head_width, cfg.head_depth, steps=1)
+        self.trunk, self.target, self.width = trunk, target, target.width
 
     def forward(self, batch: dict) -> dict:
+        return self.loss(batch)
+
+    def readout(self, batch: dict):
+        return self.trunk(batch["images"], batch["ids"], batch["mask"])             # (B, W)
+
+    def code_scores(self, prediction):
+        return self.target.scores(prediction)
+
+
+class Flow(LatentPolicy):
+    """Flow matching of the target, given the readout."""
+
+    def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module):
+        super().__init__(trunk, target)
+        self.head = FlowHead(self.width, trunk.width, cfg.head_width, cfg.head_depth, steps=1)
+
+    def loss(self, batch: dict) -> dict:
         target, weight = self.target(batch)                             # (B, N) each
-        readout = self.trunk(batch["images"], batch["ids"], batch["mask"])          # (B, W)
-        return {"flow": self.head.loss(target, readout, weight)}
+        return {"flow": self.head.loss(target, self.readout(batch), weight)}
 
     def predict(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a flow from noise to targets one Euler step gives their mean, wherever it starts: here
         as far out as the noise that the head has seen."""
-        readout = self.trunk(batch["images"], batch["ids"], batch["mask"])          # (B, W)
-        noise = torch.ones_like(readout[:, :1]).expand(-1, self.target.width)
+        readout = self.readout(batch)                                   # (B, W)
+        noise = torch.ones_like(readout[:, :1]).expand(-1, self.width)
         return readout, self.head.sample(readout, noise)
 
 
@@ -143,10 +160,10 @@ class Codes(nn.Module):
         target = self.latents[token, batch["codes"]].flatten(1)
         return target, torch.ones_like(target)
 
-    def nearest(self, prediction):
-        """(B, N) -> codes int64 (B, S)"""
+    def scores(self, prediction):
+        """(B, N) -> (B, S, K): how near each code is."""
         latent = prediction.view(-1, self.S, 1, self.R)
-        return (latent - self.latents).square().sum(-1).argmin(-1)
+        return -(latent - self.latents).square().sum(-1)
 
 
 class Vectors(nn.Module):
@@ -154,8 +171,9 @@ class Vectors(nn.Module):
     variance. A few directions hold most of a latent's variance, and what moves most need not be
     the robot."""
 
-    def __init__(self, latents: torch.Tensor, width: int = 16):
-        """latents (M, S*D): a sample."""
+    def __init__(self, latents: torch.Tensor, codebook: torch.Tensor | None = None,
+                 width: int = 16):
+        """latents (M, S*D): a sample. codebook (S, K, D): of the labeller, if it has one."""
         super().__init__()
         center = latents.mean(0)
         _, scale, basis = torch.linalg.svd(latents - center, full_matrices=False)
@@ -164,12 +182,21 @@ class Vectors(nn.Module):
         self.width = basis.shape[1]
         self.register_buffer("center", center)
         self.register_buffer("basis", basis)
+        self.register_buffer("codebook", codebook)
 
     def forward(self, batch: dict):
         latents = batch["latents"].flatten(1)
         with torch.autocast(latents.device.type, enabled=False):        # as exact as the labels
             target = (latents - self.center) @ self.basis
         return target, torch.ones_like(target)
+
+    def scores(self, prediction):
+        """(B, N) -> (B, S, K): how near each code is to the latents that are meant."""
+        if self.codebook is None:
+            return None
+        latents = self.center + prediction @ torch.linalg.pinv(self.basis)          # (B, S*D)
+        S, _, D = self.codebook.shape
+        return -(latents.view(-1, S, 1, D) - self.codebook).square().sum(-1)
 
 
 class Actions(nn.Module):
@@ -186,6 +213,9 @@ class Actions(nn.Module):
         target = (batch["actions"] - offset) / scale                    # (B, C, A)
         weight = batch["action_mask"][..., None].expand_as(target).float()
         return target.flatten(1), weight.flatten(1)
+
+    def scores(self, prediction):
+        """There are no codes."""
 
 
 def whiten(codebook: torch.Tensor) -> torch.Tensor:
@@ -368,10 +398,10 @@ def to_inputs(batch: dict, cfg: Config, labeller, trunk: Trunk, tokens, device) 
     if cfg.null == "frame":
         frames = torch.stack([frames[:, 0], frames[:, 0]], 1)
     codes, latents = labeller(frames)                                   # (B, S), (B, S, D)
-    target = {"codes": codes} if cfg.targets == "codes" else {"latents": latents}
-    if cfg.null == "permuted":
-        target = {name: x.roll(1, 0) for name, x in target.items()}     # of the batch's pairs
-    return inputs | target
+    if cfg.null == "permuted":                                          # of the batch's pairs
+        codes, latents = (x if x is None else x.roll(1, 0) for x in (codes, latents))
+    target = {"codes": codes, "latents": latents}                       # 'pooled' has no codes
+    return inputs | {name: x for name, x in target.items() if x is not None}
 
 
 @torch.no_grad()
@@ -385,13 +415,13 @@ def collect(model: LatentPolicy, cfg: Config, loader, inputs_of) -> dict:
         torch.manual_seed(i)
         device = next(model.parameters()).device
         inputs = inputs_of(data_oxe.to_device(batch, device, loader.image_size))
-        target, weight = model.target(inputs)
+        target, _ = model.target(inputs)
         readout, prediction = model.predict(inputs)
-        loss = model.head.loss(target, readout, weight)
+        loss, scores = sum(model.loss(inputs).values()), model.code_scores(prediction)
         row = {"readout": readout, "prediction": prediction, "target": target,
                "loss": loss.expand(len(target))}
-        if "codes" in inputs:
-            row |= {"codes": inputs["codes"], "nearest": model.target.nearest(prediction)}
+        if scores is not None:
+            row |= {"codes": inputs["codes"], "nearest": scores.argmax(-1)}
         row = {name: value.cpu().numpy() for name, value in row.items()}
         whole = batch["has_action"] & batch["action_mask"].all(1)
         row |= {"actions": batch["actions"].reshape(len(whole), -1), "whole": whole,
@@ -541,7 +571,7 @@ def main(cfg: Config) -> int:
     labeller.check(cfg, loader)
 
     target = make_target(cfg, labeller, loaders["many"], device)
-    model = LatentPolicy(cfg, trunk, target).to(device)
+    model = Flow(cfg, trunk, target).to(device)
     optimizer = make_optimizer(cfg, model)
     made_of = next(target.buffers()).clone()                # codebook, mean latent, or mean action
     start = load_checkpoint(cfg, model, optimizer, loader, rank, world) if cfg.resume else 0
@@ -554,7 +584,7 @@ def main(cfg: Config) -> int:
     train = DDP(model, forward_sync_buffers=False) if world > 1 else model
     train = torch.compile(train) if cfg.compile else train
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    flops = flops_a_sample(model, cfg, device)
+    flops = flops_a_sample(model, loaders["val"], inputs_of, device)
     log = Logger(cfg, rank, world, start, flops, device)
     log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
     save = Saver(cfg, model, optimizer, loader)
@@ -637,7 +667,7 @@ def make_target(cfg: Config, labeller, loader, device) -> nn.Module:
     latents = torch.cat([labeller(x)[1].flatten(1) for x in frames])
     if (latents == latents[0]).all():
         fail("the labeller gives all pairs the same latents, of which nothing can be learned")
-    return Vectors(latents)
+    return Vectors(latents, labeller.codebook)
 
 
 def check_widths(loader):
@@ -647,15 +677,11 @@ def check_widths(loader):
         fail(f"a policy learns actions of one width from all of --mix, but these are {widths} wide")
 
 
-def flops_a_sample(model: LatentPolicy, cfg: Config, device) -> int:
+def flops_a_sample(model: LatentPolicy, loader, inputs_of, device) -> int:
     """Of forward and backward, without the labeller's."""
-    side, words = model.trunk.image_size, (2, cfg.text_len)
-    with torch.device(device):
-        images = torch.zeros(2, side, side, 3, dtype=torch.uint8)
-        ids, mask = torch.ones((2, *words), dtype=torch.int64)
-        target = torch.zeros(2, model.target.width)
-    return flops_of(model, lambda: {
-        "flow": model.head.loss(target, model.trunk(images, ids, mask), target + 1)}) // 2
+    batch = data_oxe.to_device(next(loader.peek(1)), device, loader.image_size)
+    two = {name: x[:2] for name, x in inputs_of(batch).items()}
+    return flops_of(model, lambda: model(two)) // 2
 
 
 # ------------------------------------------------------------ hand-over files
