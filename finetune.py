@@ -292,18 +292,30 @@ class Trunk(nn.Module):
         self.readout = nn.Parameter(readout)                # an extra last token sees the others
 
     def forward(self, images, ids, mask):
-        B, text_model = images.shape[0], self.vlm.text_model    # len() would fix B in an export
+        return self.read(*self.prompt(images, ids, mask))[:, 0]                     # (B, W)
+
+    def prompt(self, images, ids, mask):
+        """-> embeddings (B, T, W) up to the readout, which of them count (B, T)"""
         image = self.vlm.connector(self.see(images))                                # (B, P, W)
-        text = text_model.get_input_embeddings()(ids)                               # (B, L, W)
+        text = self.vlm.text_model.get_input_embeddings()(ids)                      # (B, L, W)
+        B = images.shape[0]                                     # len() would fix B in an export
         readout = self.readout.expand(B, 1, -1).to(text.dtype)
-        tokens = torch.cat([image, text, readout], 1)                               # (B, T, W)
         seen = torch.cat([mask.new_ones(B, image.shape[1]), mask, mask.new_ones(B, 1)], 1)
+        return torch.cat([image, text, readout], 1), seen
+
+    def read(self, tokens, seen, more=None):
+        """What prompt gives, and embeddings that follow the readout, (B, E, W) -> hidden states of
+        the readout and of these, (B, 1 + E, W)"""
+        last = tokens.shape[1] - 1
+        if more is not None:
+            tokens = torch.cat([tokens, more.to(tokens.dtype)], 1)                  # (B, T, W)
+            seen = F.pad(seen, (0, more.shape[1]), value=1)
         T = tokens.shape[1]
-        causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
+        causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
         seen = causal & seen.bool()[:, None, None]          # (B, 1, T, T), taken as it is; of a
         # (B, T) mask transformers asks the GPU whether it is all ones
-        hidden = text_model(inputs_embeds=tokens, attention_mask=seen, use_cache=False)
-        return hidden.last_hidden_state[:, -1].float()                              # (B, W)
+        hidden = self.vlm.text_model(inputs_embeds=tokens, attention_mask=seen, use_cache=False)
+        return hidden.last_hidden_state[:, last:].float()
 
     def see(self, images):
         """Features of all patches, (B, patches, vision width). The vision tower's own forward asks

@@ -20,6 +20,7 @@ R whitened width, W trunk width, N width of the flow's vector.
 """
 import base64
 import contextlib
+import copy
 import io
 import json
 import math
@@ -60,15 +61,20 @@ import data_oxe
 transformers_logging.disable_progress_bar()
 
 
+Mode = Literal["latents", "head", "codes", "actions", "multitask"]      # see MODES
+
+
 @dataclass
 class Config(data_oxe.DataConfig):
     out: str = "runs/vla"                   # checkpoints, metrics, hand-over files
     overwrite: bool = False                 # start anew in an OUT that holds a run or its files
 
     # what is predicted
-    mode: Literal["latents", "actions"] = "latents"     # or the oracle: true actions of all video
+    mode: Mode = "latents"                  # their flow; codes by a head or as text; true actions
     laq_ckpt: str = "runs/laq/laq.pt2"      # laq.py's labeller; 'pooled', a control; '': none
     targets: Literal["vectors", "codes"] = "vectors"    # latents: unquantized, or of the codes
+    parallel_decode: bool = False           # --mode codes: all positions' codes in one pass
+    action_weight: float = 1.0              # --mode multitask: of the actions' loss
     null: Literal["", "permuted", "frame"] = ""     # control: other pairs' latents, or still pairs'
     chunk: int = 8                          # C, actions predicted at once
 
@@ -119,6 +125,15 @@ class LatentPolicy(nn.Module):
     def forward(self, batch: dict) -> dict:
         return self.loss(batch)
 
+    def load_state_dict(self, state: dict, **options):
+        """Exits where a checkpoint is of other codes or latents than the labeller's."""
+        name, mine = next(self.target.named_buffers())
+        its = state.get(f"target.{name}", mine)
+        if its.shape != mine.shape:
+            fail(f"the checkpoint's {name} is {tuple(its.shape)}, --laq-ckpt gives "
+                 f"{tuple(mine.shape)}; go on with the labeller that the run began with")
+        return super().load_state_dict(state, **options)
+
     def readout(self, batch: dict):
         return self.trunk(batch["images"], batch["ids"], batch["mask"])             # (B, W)
 
@@ -143,6 +158,125 @@ class Flow(LatentPolicy):
         readout = self.readout(batch)                                   # (B, W)
         noise = torch.ones_like(readout[:, :1]).expand(-1, self.width)
         return readout, self.head.sample(readout, noise)
+
+
+class Head(LatentPolicy):
+    """LAPA's: logits of each position's codes, linear in the readout (2410.11758)."""
+
+    def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module):
+        super().__init__(trunk, target)
+        self.head = nn.Linear(trunk.width, self.width)
+
+    def loss(self, batch: dict) -> dict:
+        logits = self.logits(self.readout(batch))                       # (B, S, K)
+        return {"codes": F.cross_entropy(logits.flatten(0, 1), batch["codes"].flatten())}
+
+    def predict(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        readout = self.readout(batch)
+        return readout, self.logits(readout).softmax(-1).flatten(1)
+
+    def logits(self, readout):
+        return self.head(readout).float().unflatten(1, (self.target.S, self.target.K))
+
+
+class CodeTokens(LatentPolicy):
+    """Codes as language: after the prompt come <ACTION>, which is the readout, <ACT_i> for the code
+    i of each position, and </ACTION>. Cross-entropy of each next token among all that the tokenizer
+    knows; the prompt itself is not predicted.
+
+    With --parallel-decode S - 1 learned queries follow <ACTION>, and it and they predict a code
+    each at once. They too see only what stands before them: so <ACTION> reads as in finetune.py.
+    """
+
+    def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module):
+        super().__init__(trunk, target)
+        self.parallel = cfg.parallel_decode
+        tokens = 0.02 * torch.randn(target.K + 1, trunk.width)
+        self.tokens = nn.Parameter(tokens)                              # <ACT_0> ... </ACTION>
+        if self.parallel:
+            self.queries = nn.Parameter(0.02 * torch.randn(target.S - 1, trunk.width))
+
+    def loss(self, batch: dict) -> dict:
+        prompt, answer = self.prompt(batch), batch["codes"]             # (B, S)
+        if self.parallel:
+            hidden = self.ask(prompt)                                   # (B, S, W)
+        else:
+            hidden = self.trunk.read(*prompt, self.tokens[answer])      # (B, S + 1, W)
+            answer = F.pad(answer, (0, 1), value=self.target.K)         # (B, S + 1)
+        words = self.trunk.vlm.text_model.get_input_embeddings().weight             # (V, W)
+        known = F.linear(hidden, words), F.linear(hidden, self.tokens)  # output as the input layer
+        logits = torch.cat(known, -1).float().flatten(0, 1)             # (B * (S + 1), V + K + 1)
+        return {"codes": F.cross_entropy(logits, len(words) + answer.flatten())}
+
+    def predict(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """The grammar is <ACTION>, S times <ACT_i>, </ACTION>: at the codes' places only <ACT_i>
+        count. One after the other each is given the likeliest before it."""
+        prompt, S = self.prompt(batch), self.target.S
+        if self.parallel:
+            hidden = self.ask(prompt)
+            return hidden[:, 0], self.codes(hidden).flatten(1)
+        said, codes = self.tokens[:0].expand(len(batch["ids"]), -1, -1), []         # (B, 0, W)
+        for _ in range(S):
+            hidden = self.trunk.read(*prompt, said)
+            codes.append(self.codes(hidden[:, -1]))                     # (B, K)
+            likeliest = self.tokens[codes[-1].argmax(-1)]               # (B, W)
+            said = torch.cat([said, likeliest[:, None]], 1)
+        return hidden[:, 0], torch.cat(codes, 1)
+
+    def prompt(self, batch: dict):
+        return self.trunk.prompt(batch["images"], batch["ids"], batch["mask"])
+
+    def ask(self, prompt):
+        return self.trunk.read(*prompt, self.queries.expand(len(prompt[0]), -1, -1))
+
+    def codes(self, hidden):
+        """(..., W) -> probabilities (..., K) by the grammar."""
+        return F.linear(hidden, self.tokens[:-1]).float().softmax(-1)
+
+
+class Multitask(Flow):
+    """Latents of all samples and, of those that have any, true action chunks, by a flow each."""
+
+    def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module, actions: nn.Module):
+        super().__init__(cfg, trunk, target)
+        self.actions, self.action_weight = actions, cfg.action_weight
+        self.action_head = FlowHead(actions.width, trunk.width, cfg.head_width, cfg.head_depth,
+                                    steps=1)
+
+    def loss(self, batch: dict) -> dict:
+        """Each part is the mean over the samples of this forward pass that have it."""
+        target, weight = self.target(batch)
+        readout = self.readout(batch)
+        chunk, counts = self.actions(batch)
+        labelled = batch["has_action"].float()                          # (B,)
+        action = self.action_head.loss(chunk, readout, counts * labelled[:, None])
+        share = labelled.mean().clamp(min=1 / len(labelled))
+        return {"flow": self.head.loss(target, readout, weight),
+                "actions": self.action_weight * action / share}
+
+
+# what --mode means: a flow of latents, logits of codes, codes as text, a flow of true actions (the
+# oracle, of all video), or flows of both. A new one is a class that keeps to LatentPolicy.
+MODES = {"latents": Flow, "head": Head, "codes": CodeTokens, "actions": Flow,
+         "multitask": Multitask}
+
+
+class OneHot(nn.Module):
+    """Target: a pair's codes themselves. batch -> target (B, N), weight (B, N)"""
+
+    def __init__(self, codebook: torch.Tensor):
+        super().__init__()
+        self.register_buffer("codebook", codebook)                      # (S, K, D)
+        self.S, self.K = codebook.shape[:2]
+        self.width = self.S * self.K                                    # N
+
+    def forward(self, batch: dict):
+        target = F.one_hot(batch["codes"], self.K).flatten(1).float()
+        return target, torch.ones_like(target)
+
+    def scores(self, prediction):
+        """(B, N) -> (B, S, K)"""
+        return prediction.unflatten(1, (self.S, self.K))
 
 
 class Codes(nn.Module):
@@ -280,18 +414,30 @@ class Trunk(nn.Module):
         self.readout = nn.Parameter(readout)                # an extra last token sees the others
 
     def forward(self, images, ids, mask):
-        B, text_model = images.shape[0], self.vlm.text_model    # len() would fix B in an export
+        return self.read(*self.prompt(images, ids, mask))[:, 0]                     # (B, W)
+
+    def prompt(self, images, ids, mask):
+        """-> embeddings (B, T, W) up to the readout, which of them count (B, T)"""
         image = self.vlm.connector(self.see(images))                                # (B, P, W)
-        text = text_model.get_input_embeddings()(ids)                               # (B, L, W)
+        text = self.vlm.text_model.get_input_embeddings()(ids)                      # (B, L, W)
+        B = images.shape[0]                                     # len() would fix B in an export
         readout = self.readout.expand(B, 1, -1).to(text.dtype)
-        tokens = torch.cat([image, text, readout], 1)                               # (B, T, W)
         seen = torch.cat([mask.new_ones(B, image.shape[1]), mask, mask.new_ones(B, 1)], 1)
+        return torch.cat([image, text, readout], 1), seen
+
+    def read(self, tokens, seen, more=None):
+        """What prompt gives, and embeddings that follow the readout, (B, E, W) -> hidden states of
+        the readout and of these, (B, 1 + E, W)"""
+        last = tokens.shape[1] - 1
+        if more is not None:
+            tokens = torch.cat([tokens, more.to(tokens.dtype)], 1)                  # (B, T, W)
+            seen = F.pad(seen, (0, more.shape[1]), value=1)
         T = tokens.shape[1]
-        causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
+        causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
         seen = causal & seen.bool()[:, None, None]          # (B, 1, T, T), taken as it is; of a
         # (B, T) mask transformers asks the GPU whether it is all ones
-        hidden = text_model(inputs_embeds=tokens, attention_mask=seen, use_cache=False)
-        return hidden.last_hidden_state[:, -1].float()                              # (B, W)
+        hidden = self.vlm.text_model(inputs_embeds=tokens, attention_mask=seen, use_cache=False)
+        return hidden.last_hidden_state[:, last:].float()
 
     def see(self, images):
         """Features of all patches, (B, patches, vision width). The vision tower's own forward asks
@@ -393,8 +539,10 @@ def to_inputs(batch: dict, cfg: Config, labeller, trunk: Trunk, tokens, device) 
     ids, mask = tokens(batch["instruction"], device)
     inputs = {"images": data_oxe.resize_to(frames[:, 0], trunk.image_size), "ids": ids,
               "mask": mask}
+    if cfg.mode in ("actions", "multitask"):
+        inputs |= {k: batch[k] for k in ("actions", "action_mask", "has_action", "dataset")}
     if cfg.mode == "actions":
-        return inputs | {k: batch[k] for k in ("actions", "action_mask", "dataset")}
+        return inputs
     if cfg.null == "frame":
         frames = torch.stack([frames[:, 0], frames[:, 0]], 1)
     codes, latents = labeller(frames)                                   # (B, S), (B, S, D)
@@ -560,7 +708,7 @@ def main(cfg: Config) -> int:
     rank, world, device = setup(cfg)
     local = cfg.batch_size // world                                     # samples a process
     micro = cfg.micro_batch or local                                    # samples a forward pass
-    labeller = load_labeller(cfg.laq_ckpt, device) if cfg.mode == "latents" else PooledDifference()
+    labeller = load_labeller(cfg.laq_ckpt if cfg.mode != "actions" else "pooled", device)
     trunk, tokenizer = load_trunk(cfg.trunk, cfg.text_layers)
     inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
                         tokens=Tokens(tokenizer, cfg.text_len), device=device)
@@ -570,12 +718,11 @@ def main(cfg: Config) -> int:
     loaders = evaluation_loaders(cfg, load)
     labeller.check(cfg, loader)
 
-    target = make_target(cfg, labeller, loaders["many"], device)
-    model = Flow(cfg, trunk, target).to(device)
+    model = make_model(cfg, trunk, labeller, loaders["many"], device)
     optimizer = make_optimizer(cfg, model)
-    made_of = next(target.buffers()).clone()                # codebook, mean latent, or mean action
+    made_of = next(model.target.buffers()).clone()          # codebook, mean latent, or mean action
     start = load_checkpoint(cfg, model, optimizer, loader, rank, world) if cfg.resume else 0
-    if not torch.allclose(next(target.buffers()), made_of, atol=1e-4):
+    if not torch.allclose(next(model.target.buffers()), made_of, atol=1e-4):
         fail(f"--resume '{cfg.resume}' was trained on another labeller than '{cfg.laq_ckpt}'")
     if cfg.export_only:
         if rank == 0:
@@ -630,10 +777,15 @@ def main(cfg: Config) -> int:
 def check(cfg: Config):
     """Fills in learning rate and warm-up: a large trunk wants a tenth of tiny's rate. Exits where
     settings do not go together."""
-    if cfg.mode == "latents" and not cfg.laq_ckpt:
-        fail("--mode latents needs --laq-ckpt, the laq.pt2 of laq.py")
-    if cfg.laq_ckpt == "pooled" and cfg.targets == "codes" and cfg.mode == "latents":
+    if cfg.mode != "actions" and not cfg.laq_ckpt:
+        fail(f"--mode {cfg.mode} needs --laq-ckpt, the laq.pt2 of laq.py")
+    if cfg.laq_ckpt == "pooled" and cfg.mode in ("head", "codes"):
+        fail(f"--laq-ckpt pooled has no codes, which --mode {cfg.mode} predicts; give the laq.pt2 "
+             f"of laq.py")
+    if cfg.laq_ckpt == "pooled" and cfg.targets == "codes" and cfg.mode != "actions":
         fail("--laq-ckpt pooled has no codes; give --targets vectors")
+    if cfg.parallel_decode and cfg.mode != "codes":
+        fail(f"--parallel-decode is a way to predict --mode codes, this is --mode {cfg.mode}")
     if cfg.mode == "actions" and cfg.null:
         fail(f"--null {cfg.null} is a control of latents; --mode actions has none")
     tiny = cfg.trunk == "tiny"
@@ -654,12 +806,25 @@ def evaluation_loaders(cfg, load) -> dict:
     return loaders
 
 
+def make_model(cfg: Config, trunk: Trunk, labeller, loader, device) -> LatentPolicy:
+    target = make_target(cfg, labeller, loader, device)
+    if cfg.mode != "multitask":
+        return MODES[cfg.mode](cfg, trunk, target).to(device)
+    if not any(plan.entry.action for plan in loader.plans):
+        fail(f"--mode multitask learns the actions of labelled episodes, but no dataset of --mix "
+             f"'{cfg.mix}' has any; give --mode latents")
+    actions = Actions(statistics(loader, "meanstd"), cfg.chunk)
+    return Multitask(cfg, trunk, target, actions).to(device)
+
+
 @torch.no_grad()
 def make_target(cfg: Config, labeller, loader, device) -> nn.Module:
     """What --mode and --targets name, with the units of the loader's first batches."""
     if cfg.mode == "actions":
         check_widths(loader)
         return Actions(statistics(loader, "meanstd"), cfg.chunk)
+    if cfg.mode in ("head", "codes"):
+        return OneHot(labeller.codebook)
     if cfg.targets == "codes":
         return Codes(labeller.codebook)
     size = loader.image_size
@@ -909,7 +1074,10 @@ def export(model: LatentPolicy, cfg: Config, step: int, tokenizer, labeller: dic
     """OUT/stage2: trunk and tokenizer as transformers saves them, readout and head, manifest."""
     folder = Path(cfg.out) / ".stage2.partial"
     shutil.rmtree(folder, ignore_errors=True)
-    model.trunk.vlm.save_pretrained(folder / "trunk")
+    vlm, tokenizer = copy.deepcopy((model.trunk.vlm, tokenizer))
+    if cfg.mode == "codes":
+        teach_tokens(vlm, tokenizer, model)
+    vlm.save_pretrained(folder / "trunk")
     tokenizer.save_pretrained(folder / "tokenizer")         # AutoTokenizer would go by the trunk's
     heads = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()
              if not k.startswith("trunk.vlm.")}
@@ -921,6 +1089,16 @@ def export(model: LatentPolicy, cfg: Config, step: int, tokenizer, labeller: dic
                 "step": step, "config": asdict(cfg), "torch": torch.__version__}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     publish(folder, Path(cfg.out) / "stage2")
+
+
+def teach_tokens(vlm, tokenizer, model: CodeTokens):
+    """<ACTION>, <ACT_i> and </ACTION> join the tokenizer and the language model's input layer."""
+    first, codes = len(tokenizer), [f"<ACT_{i}>" for i in range(model.target.K)]
+    tokenizer.add_tokens(["<ACTION>", *codes, "</ACTION>"], special_tokens=True)
+    rows = torch.cat([model.trunk.readout[None], model.tokens])
+    words = max(len(vlm.get_input_embeddings().weight), len(tokenizer))
+    vlm.resize_token_embeddings(words, mean_resizing=False)
+    vlm.get_input_embeddings().weight.data[first:len(tokenizer)] = rows
 
 
 # ------------------------------------------------------------ plumbing: the same text in each stage

@@ -28,7 +28,7 @@ def batch_of(device, n=8, datasets=1):
                 "ids": number[:, None].expand(n, 16), "mask": number[:, None].expand(n, 16) + 1,
                 "state": torch.zeros(n, 4), "actions": torch.zeros(n, 8, 4), "dataset": number,
                 "action_mask": torch.ones(n, 8, dtype=torch.bool), "chunk": torch.zeros(n, 8, 4),
-                "weight": torch.ones(n, 8), "is_video": number > 0}
+                "weight": torch.ones(n, 8), "is_video": number > 0, "has_action": number == 0}
 
 
 def stats_of(datasets=1):
@@ -77,26 +77,19 @@ def test_a_policy_can_learn_a_batch_by_heart(data):
 
 def test_a_step_is_of_one_device_and_stands_bfloat16(monkeypatch):
     """What a GPU would see, in two halves: the step on a device of its own, and autocast."""
-    def step(device):
+    for device in ("cpu", "meta"):
         with torch.device(device):
-            trunk = vla.Trunk(vla.SmolVLMModel(vla.tiny_config()))
-            targets = (vla.Codes(torch.ones(1, 8, 16)), vla.Vectors(torch.eye(4, 16), width=3),
-                       vla.Actions(stats_of(), 8))
-            models = [vla.Flow(vla.Config(), trunk, target) for target in targets]
-            models.append(finetune.Policy(finetune.Config(laq_ckpt="x"), trunk, stats_of()))
+            trunk = finetune.Trunk(finetune.SmolVLMModel(finetune.tiny_config()))
+            model = finetune.Policy(finetune.Config(laq_ckpt="x"), trunk, stats_of())
         batch = batch_of(device)
-        for model in models:
-            with OnlyMeta(monkeypatch) if device == "meta" else \
-                    contextlib.nullcontext():
-                with torch.autocast(device, torch.bfloat16):
-                    loss = sum(model(batch).values())
-                loss.backward()
-                out = model.act(batch) if hasattr(model, "act") else model.predict(batch)[1]
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
-            assert len(grads) > 40 and all(g.device.type == device for g in grads)
-            assert out.device.type == device and loss.dtype == torch.float32
-    step("cpu")
-    step("meta")
+        with OnlyMeta(monkeypatch) if device == "meta" else contextlib.nullcontext():
+            with torch.autocast(device, torch.bfloat16):
+                loss = sum(model(batch).values())
+            loss.backward()
+            out = model.act(batch)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert len(grads) > 40 and all(g.device.type == device for g in grads)
+        assert out.device.type == device and loss.dtype == torch.float32
 
 
 def test_labeller_moves_to_another_device(stages):

@@ -1,0 +1,168 @@
+"""vla.py's modes and trunks, tiny, on CPU, offline."""
+import contextlib
+import copy
+import json
+
+import pytest
+import torch
+from common import OnlyMeta, metrics
+
+import finetune
+import vla
+from test_laq import overfit
+from test_policy import batch_of, stats_of
+
+MODES = {"latents": {}, "latents of codes": {"targets": "codes"}, "head": {}, "codes": {},
+         "parallel": {"mode": "codes", "parallel_decode": True}, "actions": {}, "multitask": {}}
+
+
+def settings_of(name):
+    return {"mode": name.split()[0], **MODES[name]}
+
+
+def small_trunk():
+    """Tiny's, of pictures of 16 pixels."""
+    config = vla.tiny_config()
+    config.vision_config.image_size = 16
+    return vla.Trunk(vla.SmolVLMModel(config))
+
+
+def mode_of(name, trunk=None, K=8, **settings):
+    """An untrained model with S = 2 codes of K, 3 wide."""
+    torch.manual_seed(0)
+    cfg = vla.Config(**settings_of(name), head_width=128, **settings)
+    trunk = trunk or small_trunk()
+    codebook, actions = torch.randn(2, K, 3), vla.Actions(stats_of(), 8)
+    target = {"latents": vla.Vectors(torch.randn(64, 6), codebook),
+              "latents of codes": vla.Codes(codebook), "actions": actions,
+              "multitask": vla.Vectors(torch.randn(64, 6), codebook)}
+    target = target.get(name, vla.OneHot(codebook))
+    more = [actions] if name == "multitask" else []
+    return vla.MODES[cfg.mode](cfg, trunk, target, *more)
+
+
+def pairs_of(model, n=32, K=8):
+    """A batch of noise pictures whose labels agree with each other."""
+    torch.manual_seed(1)
+    batch = batch_of("cpu", n)
+    side, codes = model.trunk.image_size, torch.randint(0, K, (n, 2))
+    codebook = model.target.codebook if hasattr(model.target, "codebook") else torch.zeros(2, K, 3)
+    return batch | {"images": torch.randint(0, 255, (n, side, side, 3), dtype=torch.uint8),
+                    "codes": codes, "latents": codebook[torch.arange(2), codes],
+                    "actions": torch.randn(n, 8, 4), "has_action": torch.arange(n) % 2 == 0}
+
+
+# ------------------------------------------------------------ modes
+@pytest.mark.parametrize("name", MODES)
+def test_a_mode_learns_32_pairs_by_heart(name):
+    model = mode_of(name)
+    batch, start = pairs_of(model), model.trunk.readout.clone()
+    overfit(model, lambda: sum(model.loss(batch).values()), 60)
+    model.eval()
+    with torch.no_grad():
+        target, weight = model.target(batch)
+        readout, prediction = model.predict(batch)
+        scores = model.code_scores(prediction)
+    assert readout.shape == (32, 96) and prediction.shape == target.shape == weight.shape
+    torch.testing.assert_close(readout, model.readout(batch))           # as finetune.py reads it
+    assert not torch.equal(model.trunk.readout, start)
+    assert prediction.shape[1] == model.width
+    if name == "actions":
+        error = (prediction - target).square().mean()
+        assert scores is None and error < 0.3 * target.var()
+    else:
+        assert scores.shape == (32, 2, 8)
+        assert (scores.argmax(-1) == batch["codes"]).float().mean() > 0.95
+
+
+def test_codes_are_text_that_keeps_to_the_grammar(tmp_path):
+    """Whatever the language model would rather say, a code comes out at each place; that of the
+    second place may depend on the first. The tokens are handed over in tokenizer and trunk."""
+    for name in ("codes", "parallel"):
+        model = mode_of(name)
+        batch = pairs_of(model, 4)
+        with torch.no_grad():
+            model.trunk.vlm.get_input_embeddings().weight.mul_(1000)
+            p = model.predict(batch)[1].view(4, 2, 8)
+            torch.testing.assert_close(p.sum(-1), torch.ones(4, 2))
+            before = model.trunk.read(*model.prompt(batch), model.tokens[batch["codes"]])
+            other = model.trunk.read(*model.prompt(batch), model.tokens[batch["codes"] * 0])
+        assert torch.equal(before[:, 0], other[:, 0]) and not torch.equal(before[:, 1], other[:, 1])
+    model.trunk.vlm.get_input_embeddings().weight.data.div_(1000)
+    cfg = vla.Config(mode="codes", out=str(tmp_path))
+    vla.export(model, cfg, 0, vla.ByT5Tokenizer(), {})
+    trunk, tokenizer = finetune.load_stage2(
+        finetune.Config(init=f"{tmp_path}/stage2"),
+        json.loads((tmp_path / "stage2/manifest.json").read_text()))
+    said = tokenizer("<ACTION><ACT_3><ACT_0></ACTION>", add_special_tokens=False)["input_ids"]
+    assert len(said) == 4 and len(tokenizer("a<ACT_7>b")["input_ids"]) == 4
+    spoken = trunk.vlm.get_input_embeddings()(torch.tensor(said))
+    torch.testing.assert_close(spoken, torch.stack([
+        model.trunk.readout, model.tokens[3], model.tokens[0], model.tokens[8]]))
+    torch.testing.assert_close(trunk(batch["images"], batch["ids"], batch["mask"]),
+                               model.readout(batch))
+    assert "<ACT_0>" not in vla.ByT5Tokenizer().get_vocab()
+
+
+def test_actions_count_where_there_are_any():
+    """multitask: unlabelled samples change latents alone, and labelled ones count as if alone."""
+    model = mode_of("multitask", action_weight=2.0)
+    batch = pairs_of(model, 8)
+
+    def parts_of(**other):
+        torch.manual_seed(0)
+        return model.loss(batch | other)
+    with torch.no_grad():
+        parts, none = parts_of(), parts_of(has_action=torch.zeros(8, dtype=torch.bool))
+        changed = torch.where(batch["has_action"][:, None, None], batch["actions"], 100.0)
+        assert parts["actions"] == parts_of(actions=changed)["actions"] > 1.0
+        assert none["actions"] == 0 and none["flow"] == parts["flow"]
+        assert parts_of(actions=batch["actions"] + 9)["actions"] > 10 * parts["actions"]
+
+
+def test_a_checkpoint_of_other_codes_is_one_line():
+    for name in ("codes", "head", "latents of codes"):
+        with pytest.raises(SystemExit, match=r"codebook is \(2, 8, 3\), --laq-ckpt gives \(2, 16"):
+            mode_of(name, K=16).load_state_dict(mode_of(name).state_dict())
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_mode_resumes_exactly(name):
+    """Losses of an unbroken run and of one that goes on from weights and moments are equal."""
+    cfg = vla.Config(steps=6, lr=1e-3, warmup_steps=2)
+
+    def train(steps, state=None):
+        model, losses = mode_of(name), []
+        optimizer = vla.make_optimizer(cfg, model)
+        if state:
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+        for step in steps:
+            vla.start_step(cfg, step, optimizer, 0, 1)
+            optimizer.zero_grad()
+            loss = sum(model(batch).values())
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses, (model.state_dict(), optimizer.state_dict())
+    batch = pairs_of(mode_of(name), 4)
+    whole, _ = train(range(6))
+    first, state = train(range(3))
+    assert first + train(range(3, 6), state)[0] == whole and len(set(whole)) == 6
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_mode_is_of_one_device_and_stands_bfloat16(name, monkeypatch):
+    """What a GPU would see, in two halves: the step on a device of its own, and autocast."""
+    for device in ("cpu", "meta"):
+        model = mode_of(name).to(device)
+        batch = {key: value.to(device) for key, value in pairs_of(mode_of(name), 4).items()}
+        with OnlyMeta(monkeypatch) if device == "meta" else contextlib.nullcontext():
+            with torch.autocast(device, torch.bfloat16):
+                loss = sum(model(batch).values())
+            loss.backward()
+            prediction = model.predict(batch)[1]
+            model.code_scores(prediction)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert len(grads) > 40 and all(g.device.type == device for g in grads)
+        assert prediction.device.type == device and loss.dtype == torch.float32
