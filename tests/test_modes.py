@@ -166,3 +166,37 @@ def test_a_mode_is_of_one_device_and_stands_bfloat16(name, monkeypatch):
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         assert len(grads) > 40 and all(g.device.type == device for g in grads)
         assert prediction.device.type == device and loss.dtype == torch.float32
+
+
+# ------------------------------------------------------------ trunks
+SMALL = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
+
+
+def toy(name=SMALL, **settings):
+    torch.manual_seed(0)
+    return vla.load_trunk(vla.Config(trunk=name, random_init=True, shrink=True, **settings))
+
+
+@pytest.mark.parametrize("name", ["tiny", *vla.SMOLVLM2, "dual-7b"])
+def test_a_trunk_is_handed_over_and_trains_on_one_device(name, tmp_path, monkeypatch):
+    """Every trunk, offline: stage2/ gives finetune.py the very readout; a step on a device of its
+    own, and under bfloat16 autocast."""
+    trunk, tokenizer = toy(name)
+    model = mode_of("head", trunk)
+    batch = pairs_of(model, 4)
+    batch["ids"], batch["mask"] = vla.Tokens(tokenizer, 12)(["go", "open it", "a", "b"], "cpu")
+    vla.export(model, vla.Config(mode="head", trunk=name, out=str(tmp_path)), 0, tokenizer, {})
+    cfg = finetune.Config(init=f"{tmp_path}/stage2", text_len=32)
+    loaded, its = finetune.load_stage2(cfg, finetune.read_stage2(cfg))
+    assert vla.Tokens(its, 12)(["go"], "cpu")[0].tolist() == batch["ids"][:1].tolist()
+    inputs = batch["images"], batch["ids"], batch["mask"]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(*inputs), trunk(*inputs))
+    for device in ("cpu", "meta"):
+        model = model.to(device)
+        batch = {key: value.to(device) for key, value in batch.items()}
+        with OnlyMeta(monkeypatch) if device == "meta" else contextlib.nullcontext():
+            with torch.autocast(device, torch.bfloat16):
+                loss = sum(model(batch).values())
+            loss.backward()
+        assert all(p.grad is not None and p.grad.device.type == device for p in model.parameters())

@@ -47,7 +47,7 @@ def test_stage_2_can_learn_a_batch_by_heart(target, data, stages):
     loader = loader_of(data, "train", 8, chunk=8)
     tensors = data_oxe.to_device(next(iter(loader)), device, 64)
     torch.manual_seed(0)
-    trunk, tokenizer = vla.load_trunk("tiny", 16)
+    trunk, tokenizer = vla.load_trunk(vla.Config())
     model = vla.Flow(cfg, trunk, vla.make_target(cfg, labeller, loader, device))
     inputs = vla.to_inputs(tensors, cfg, labeller, trunk, vla.Tokens(tokenizer, 16), device)
     if target == "codes":                                   # the fixture's hardly differ
@@ -64,7 +64,7 @@ def test_stage_2_can_learn_a_batch_by_heart(target, data, stages):
 def test_a_policy_can_learn_a_batch_by_heart(data):
     torch.manual_seed(0)
     batch, device = next(iter(loader_of(data, "train", 8, chunk=8))), torch.device("cpu")
-    trunk, tokenizer = finetune.load_trunk("tiny", 16)
+    trunk, tokenizer = finetune.load_trunk(finetune.Config())
     stats = stats_of() | {"action_scale": torch.full((1, 4), 2.0)}
     policy = finetune.Policy(finetune.Config(), trunk, stats)
     tensors, tokens = data_oxe.to_device(batch, device, 64), finetune.Tokens(tokenizer, 16)
@@ -132,7 +132,7 @@ def test_each_dataset_has_its_own_units():
                    "state": rng.uniform(-1, 1, (64, 4)).astype(np.float32)}
     stats = finetune.statistics(Loader(), "quantile")
     assert stats["action_scale"][:, 0].tolist() == pytest.approx([0.98, 98], rel=0.03)
-    policy = finetune.Policy(finetune.Config(), finetune.load_trunk("tiny", 16)[0], stats)
+    policy = finetune.Policy(finetune.Config(), finetune.load_trunk(finetune.Config())[0], stats)
     dataset = torch.tensor([0, 1, 1, 0])
     actions = stats["action_scale"][dataset][:, None].expand(-1, 8, -1)
     batch = batch_of("cpu", 4) | {"dataset": dataset, "actions": actions}
@@ -145,7 +145,7 @@ def test_each_dataset_has_its_own_units():
 
 
 def test_long_instructions_are_not_cut_in_silence(capsys):
-    _, tokenizer = vla.load_trunk("tiny", 16)
+    _, tokenizer = vla.load_trunk(vla.Config())
     tokens = vla.Tokens(tokenizer, 8)
     for _ in range(2):
         ids, mask = tokens(["open the drawer", "go"], "cpu")
@@ -189,7 +189,7 @@ def at_the_start(data):
     cfg = finetune.Config(data=str(data), init="none", val_fraction=0.2, eval_batches=6,
                           laq_ckpt="pooled")
     torch.manual_seed(0)
-    trunk, tokenizer = finetune.load_trunk("tiny", 16)
+    trunk, tokenizer = finetune.load_trunk(finetune.Config())
     tokens, device = finetune.Tokens(tokenizer, 32), torch.device("cpu")
     train, val = (data_oxe.Loader(cfg, split, 64, 64, horizon_s=0.0, chunk=cfg.chunk, seed=seed)
                   for split, seed in (("train", 0), ("val", 1)))
@@ -253,7 +253,7 @@ def test_video_is_decoded(data, at_the_start):
 # ------------------------------------------------------------ controls
 def test_null_controls_label_other_pairs(data):
     """--null permuted: another sample's latents; --null frame: those of the frame and itself."""
-    trunk, tokenizer = vla.load_trunk("tiny", 16)
+    trunk, tokenizer = vla.load_trunk(vla.Config())
     device, seen = torch.device("cpu"), {}
     batch = data_oxe.to_device(next(iter(loader_of(data, "train", 8, chunk=8))), device, 64)
     for null in ("", "permuted", "frame"):
@@ -311,7 +311,7 @@ def test_pretrained_trunk_by_name(tmp_path):
     """A SmolVLM2 folder loads with its weights, cut to fewer layers; without weights, or with half
     of them, it is an error."""
     from transformers import SmolVLMForConditionalGeneration
-    trunk, tokenizer = vla.load_trunk("tiny", 16)
+    trunk, tokenizer = vla.load_trunk(vla.Config())
     whole = SmolVLMForConditionalGeneration(trunk.vlm.config)
     folders = str(tmp_path / "trunk"), 1, str(tmp_path / "tokenizer")
     whole.save_pretrained(folders[0])
