@@ -1062,6 +1062,11 @@ def pretrained(what: str, kind, name: str, **options):
     if is_model:
         options |= dict(dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True)
     try:
+        if is_model:                            # else another family's is built at its full size
+            family = kind.config_class.model_type.split("_")[0]
+            its = kind.config_class.get_config_dict(name)[0].get("model_type", "")
+            if its.split("_")[0] != family:
+                raise ValueError(f"its config says '{its}', not '{family}'")
         made = kind.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         fail(f"no pretrained {what} at '{name}' ({str(error).splitlines()[0]}); give a Hugging "

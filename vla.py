@@ -87,6 +87,10 @@ class Config(data_oxe.DataConfig):
     text_layers: int | None = None          # that are kept; None: 16 of SmolVLM2's, else all
     plain_prompt: bool = False              # image and instruction alone, without the trunk's chat
     text_len: int = 32                      # instruction tokens; longer ones are cut
+    freeze: Literal["none", "vision", "trunk"] | None = None    # None: vision of dual-7b, else none
+    freeze_layers: int = 0                  # first layers of the language model that do not learn
+    lora_rank: int = 0                      # of LoRA, which then is all that learns there; 0: none
+    lora_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")    # that LoRA changes
     head_width: int = 256                   # hidden units of the head
     head_depth: int = 2                     # residual blocks of the flow-matching head
 
@@ -728,6 +732,7 @@ def main(cfg: Config) -> int:
     micro = cfg.micro_batch or local                                    # samples a forward pass
     labeller = load_labeller(cfg.laq_ckpt if cfg.mode != "actions" else "pooled", device)
     trunk, tokenizer = load_trunk(cfg)
+    freeze(trunk, cfg)
     inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
                         tokens=Tokens(tokenizer, cfg.text_len), device=device)
     load = partial(data_oxe.Loader, image_size=max(labeller.image_size, trunk.image_size),
@@ -809,6 +814,8 @@ def check(cfg: Config):
     if cfg.shrink and not cfg.random_init:
         fail("--shrink makes a toy of the trunk, which can only be random; give --random-init too")
     tiny = cfg.trunk == "tiny"
+    if cfg.freeze is None:
+        cfg.freeze = "vision" if cfg.trunk == "dual-7b" else "none"
     if cfg.lr is None:
         cfg.lr = 1e-3 if tiny else 1e-4
     if cfg.warmup_steps is None:
@@ -824,6 +831,36 @@ def evaluation_loaders(cfg, load) -> dict:
         few = replace(cfg, pairs_per_episode=0, episodes_per_task=cfg.episodes_per_task or 2)
         loaders["few"] = load(few, "train", 64, seed=2, shuffle_mb=8)
     return loaders
+
+
+def freeze(trunk: Trunk, cfg: Config):
+    """Leaves to learn what --freeze, --freeze-layers and --lora-rank say; the readout always."""
+    vlm = trunk.vlm
+    layers = vlm.text_model.layers
+    if not 0 <= cfg.freeze_layers <= len(layers):
+        fail(f"--freeze-layers {cfg.freeze_layers}: the language model of '{cfg.trunk}' has "
+             f"{len(layers)} layers")
+    parts = {"none": [], "vision": [vlm.vision_model], "trunk": [vlm]}[cfg.freeze]
+    for part in [*parts, *layers[:cfg.freeze_layers]]:
+        part.requires_grad_(False)
+    if cfg.lora_rank:
+        vlm.text_model = with_lora(vlm.text_model, cfg)
+
+
+def with_lora(text_model: nn.Module, cfg: Config) -> nn.Module:
+    """Low-rank changes of frozen matrices (2106.09685), in all layers."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        fail("--lora-rank needs peft: pip install peft")
+    linear = {name.rpartition(".")[2] for name, module in text_model.named_modules()
+              if isinstance(module, nn.Linear)}
+    for name in cfg.lora_modules:
+        if name not in linear:
+            fail(f"--lora-modules {name}: the language model of '{cfg.trunk}' has no such matrix, "
+                 f"only {', '.join(sorted(linear))}")
+    return get_peft_model(text_model, LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank,
+                                                 target_modules=[*cfg.lora_modules]))
 
 
 def make_model(cfg: Config, trunk: Trunk, labeller, loader, device) -> LatentPolicy:
@@ -1231,6 +1268,11 @@ def pretrained(what: str, kind, name: str, **options):
     if is_model:
         options |= dict(dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True)
     try:
+        if is_model:                            # else another family's is built at its full size
+            family = kind.config_class.model_type.split("_")[0]
+            its = kind.config_class.get_config_dict(name)[0].get("model_type", "")
+            if its.split("_")[0] != family:
+                raise ValueError(f"its config says '{its}', not '{family}'")
         made = kind.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         fail(f"no pretrained {what} at '{name}' ({str(error).splitlines()[0]}); give a Hugging "
@@ -1305,6 +1347,8 @@ def export(model: LatentPolicy, cfg: Config, step: int, tokenizer, labeller: dic
     folder = Path(cfg.out) / ".stage2.partial"
     shutil.rmtree(folder, ignore_errors=True)
     vlm, tokenizer = copy.deepcopy((model.trunk.vlm, tokenizer))
+    if cfg.lora_rank:
+        vlm.text_model = vlm.text_model.merge_and_unload()
     if cfg.mode == "codes":
         teach_tokens(vlm, tokenizer, model)
     vlm.save_pretrained(folder / "trunk")

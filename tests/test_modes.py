@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ def pairs_of(model, n=32, K=8):
     side, codes = model.trunk.image_size, torch.randint(0, K, (n, 2))
     codebook = model.target.codebook if hasattr(model.target, "codebook") else torch.zeros(2, K, 3)
     return batch | {"images": torch.randint(0, 255, (n, side, side, 3), dtype=torch.uint8),
+                    "ids": torch.randint(3, 200, (n, 16)),
                     "codes": codes, "latents": codebook[torch.arange(2), codes],
                     "actions": torch.randn(n, 8, 4), "has_action": torch.arange(n) % 2 == 0}
 
@@ -200,3 +202,101 @@ def test_a_trunk_is_handed_over_and_trains_on_one_device(name, tmp_path, monkeyp
                 loss = sum(model(batch).values())
             loss.backward()
         assert all(p.grad is not None and p.grad.device.type == device for p in model.parameters())
+
+
+def test_a_pretrained_trunk_reads_its_own_chat():
+    """The states that transformers' whole model has for the prompt that SmolVLM's processor lays
+    out, one sample at a time, without padding."""
+    from transformers.models.smolvlm import processing_smolvlm
+    trunk, tokenizer = toy()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    vlm, image_id = trunk.vlm, tokenizer.convert_tokens_to_ids("<image>")
+    vlm.config.image_token_id = image_id
+    last = tokenizer("x", add_special_tokens=False)["input_ids"]
+    trunk.readout.data = vlm.get_input_embeddings().weight[last[0]].detach().clone()
+    texts = ["Open a drawer", "Go"]
+    ids, mask = vla.Tokens(tokenizer, 16)(texts, "cpu")
+    mask[ids == tokenizer.eos_token_id] = 0                 # ByT5's own; SmolVLM2's writes none
+    images = torch.randint(0, 255, (2, trunk.image_size, trunk.image_size, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        mine = trunk(images, ids, mask)
+        for i, text in enumerate(texts):
+            message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+            prompt = tokenizer.apply_chat_template(
+                [message], chat_template=processing_smolvlm.DEFAULT_CHAT_TEMPLATE,
+                add_generation_prompt=True, tokenize=False)
+            picture = processing_smolvlm.get_image_prompt_string(
+                0, 0, 4, "<fake_token_around_image>", "<image>", "<global-img>")
+            prompt = tokenizer(prompt.replace("<image>", picture), add_special_tokens=False)
+            pixels = images[i:i + 1].permute(0, 3, 1, 2)[None] / 127.5 - 1
+            whole = vlm(input_ids=torch.tensor([prompt["input_ids"] + last]), pixel_values=pixels)
+            torch.testing.assert_close(mine[i], whole.last_hidden_state[0, -1])
+        plain = copy.copy(trunk)
+        plain.before = plain.between = plain.after = plain.before[:0]
+        assert not torch.allclose(plain(images, ids, mask), mine, atol=0.1)
+
+
+@pytest.mark.parametrize("name", [SMALL, "dual-7b"])
+def test_a_policy_on_a_trunk_deploys(name, tmp_path):
+    """policy.pt2 holds no operator that rollout.py would refuse."""
+    trunk, tokenizer = toy(name)
+    policy = finetune.Policy(finetune.Config(), trunk, stats_of())
+    cfg = finetune.Config(out=str(tmp_path))
+    loader = SimpleNamespace(action_dim=4, state_dim=4, names=["x"], source_size={}, counts={})
+    finetune.export(policy, cfg, 0, tokenizer, loader, {})
+    program, _ = finetune.open_program(tmp_path / "policy/policy.pt2")
+    example = finetune.example_of(policy, cfg)
+    images, state, ids, mask, _ = example
+    batch = {"images": images, "state": state, "ids": ids, "mask": mask}
+    torch.testing.assert_close(program.module()(*example), policy.act(batch))
+
+
+# ------------------------------------------------------------ what learns
+def test_what_is_frozen_does_not_learn():
+    """And the rest does, the readout always."""
+    for settings, frozen in {
+            (): "nothing", ("vision",): "vision_model", ("trunk",): "vlm",
+            ("none", 1): "text_model.layers.0."}.items():
+        trunk = small_trunk()
+        vla.freeze(trunk, vla.Config(**dict(zip(("freeze", "freeze_layers"), settings or ["none"]))))
+        model = mode_of("head", trunk)
+        before = copy.deepcopy(model.state_dict())
+        batch = pairs_of(model, 4)
+        overfit(model, lambda: sum(model.loss(batch).values()), 2)
+        for name, value in model.named_parameters():
+            assert torch.equal(value, before[name]) == (frozen in name), (name, settings)
+    with pytest.raises(SystemExit, match="--freeze-layers 3: .* 'tiny' has 2 layers"):
+        vla.freeze(trunk, vla.Config(freeze="none", freeze_layers=3))
+
+
+def test_lora_learns_and_is_merged(tmp_path):
+    """stage2/ is a plain transformers folder that reads as the trained model."""
+    pytest.importorskip("peft")
+    trunk = small_trunk()
+    cfg = vla.Config(mode="head", freeze="trunk", lora_rank=2, out=str(tmp_path))
+    vla.freeze(trunk, cfg)
+    model = mode_of("head", trunk)
+    learning = {name for name, p in model.trunk.named_parameters() if p.requires_grad}
+    assert len(learning) == 1 + 2 * 4 * 2 and all("lora" in x for x in learning - {"readout"})
+    batch, start = pairs_of(model), model.trunk.readout.clone()
+    untrained = model.readout(batch)
+    overfit(model, lambda: sum(model.loss(batch).values()), 5)
+    vla.export(model, cfg, 0, vla.ByT5Tokenizer(), {})
+    stage2 = finetune.Config(init=f"{tmp_path}/stage2")
+    trunk, _ = finetune.load_stage2(stage2, finetune.read_stage2(stage2))
+    assert not [name for name in trunk.state_dict() if "lora" in name]
+    mine = model.readout(batch)
+    torch.testing.assert_close(trunk(batch["images"], batch["ids"], batch["mask"]), mine)
+    assert not torch.allclose(mine, untrained, atol=0.01)
+    cfg.lora_modules = ("q_proj", "c_attn")
+    with pytest.raises(SystemExit, match="--lora-modules c_attn: .* only down_proj, gate_proj, k_p"):
+        vla.freeze(small_trunk(), cfg)
+
+
+# ------------------------------------------------------------ errors
+def test_weights_of_another_architecture_are_one_line(tmp_path):
+    config = vla.LlamaConfig(**vla.sizes(32, 64, 1, 4), vocab_size=400)
+    vla.LlamaModel(config).save_pretrained(tmp_path)
+    vla.ByT5Tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="no pretrained SmolVLM2 at .* says 'llama', not 'smolvlm'"):
+        vla.load_trunk(vla.Config(trunk=str(tmp_path)))
