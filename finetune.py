@@ -1121,8 +1121,8 @@ def chat_ids(cfg, tokenizer, chat: tuple) -> list[list[int]]:
     unknown = [x for x in markers(chat)
                if tokenizer.convert_tokens_to_ids(x) in (None, tokenizer.unk_token_id)]
     if unknown:
-        fail(f"the tokenizer of '{cfg.trunk}' does not know {unknown[0]}, a marker of the chat that "
-             f"this trunk was trained on; --plain-prompt goes without")
+        fail(f"the tokenizer of '{cfg.trunk}' does not know {unknown[0]}, a marker of the chat "
+             f"that this trunk was trained on; --plain-prompt goes without")
     return [tokenizer(part, add_special_tokens=False)["input_ids"] for part in chat]
 
 

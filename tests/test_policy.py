@@ -31,6 +31,14 @@ def batch_of(device, n=8, datasets=1):
                 "weight": torch.ones(n, 8), "is_video": number > 0, "has_action": number == 0}
 
 
+def word_tokenizer():
+    """As a SmolVLM2 folder holds one, but of two words."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({"go": 0, "<unk>": 1, "<end>": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
+
+
 def stats_of(datasets=1):
     return {f"{x}_{y}": torch.full((datasets, 4), float(y == "scale"))
             for x in ("action", "state") for y in ("offset", "scale")}
@@ -311,22 +319,22 @@ def test_pretrained_trunk_by_name(tmp_path):
     """A SmolVLM2 folder loads with its weights, cut to fewer layers; without weights, or with half
     of them, it is an error."""
     from transformers import SmolVLMForConditionalGeneration
-    trunk, tokenizer = vla.load_trunk(vla.Config())
+    trunk, _ = vla.load_trunk(vla.Config())
     whole = SmolVLMForConditionalGeneration(trunk.vlm.config)
-    folders = str(tmp_path / "trunk"), 1, str(tmp_path / "tokenizer")
-    whole.save_pretrained(folders[0])
-    tokenizer.save_pretrained(folders[2])
-    loaded, _ = vla.load_trunk(*folders)
+    cfg = vla.Config(trunk=str(tmp_path), text_layers=1, plain_prompt=True)
+    whole.save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    loaded, _ = vla.load_trunk(cfg)
     assert len(loaded.vlm.text_model.layers) == 1
     same = "connector.modality_projection.proj.weight"
     assert torch.equal(loaded.vlm.get_parameter(same), whole.model.get_parameter(same))
-    weights = tmp_path / "trunk/model.safetensors"
+    weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(SystemExit, match="no pretrained SmolVLM2"):
-        vla.load_trunk(*folders)
+        vla.load_trunk(cfg)
     weights.unlink()
     with pytest.raises(SystemExit, match="no pretrained SmolVLM2"):
-        vla.load_trunk(*folders)
+        vla.load_trunk(cfg)
 
 
 def test_stage2_reaches_the_policy(stages):
