@@ -288,8 +288,9 @@ class Trunk(nn.Module):
     <ACTION>, which sees all others and is the readout. The three are token ids of the chat that the
     model was trained on. Without a chat padding takes positions: so `tiny` was measured.
 
-    The vision tower, the connector and the language model are called one by one: SmolVLM's forward
-    drops all-black images as padding.
+    Pictures come as squares, as SmolVLM's processor makes them of any. The vision tower, the
+    connector and the language model are called one by one: SmolVLM's forward drops all-black images
+    as padding.
     """
 
     def __init__(self, vlm, before=(), between=(), after=()):

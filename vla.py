@@ -1,5 +1,5 @@
-"""Stage 2: latent pretraining. A SmolVLM2 trunk learns to predict the latent action from frame t
-and the instruction.
+"""Stage 2: latent pretraining. A vision-language trunk learns to predict the latent action from
+frame t and the instruction.
 
     python vla.py --laq-ckpt runs/laq/laq.pt2 --trunk tiny              # CPU, nothing downloaded
     torchrun --nproc_per_node=4 vla.py --laq-ckpt runs/laq/laq.pt2 --batch-size 256 \\
@@ -11,12 +11,18 @@ In: RLDS episodes through data_oxe.py (no actions), and laq.pt2, which labels ea
 Out, in OUT: stage2/ (trunk/ and tokenizer/ as transformers saves them, heads.safetensors,
 manifest.json `smolvla_shared.v1`), last.pt, metrics.jsonl.
 
-The head is a flow-matching model of the latent vectors given one readout token of the trunk
-(SmolVLA, arXiv 2506.01844; LAPA, 2410.11758). `accuracy` is that of the codes nearest to the
-expected latent, on held-out episodes, beside always answering with the most frequent code.
+The trunk reads a last token, <ACTION>, and what it makes of that is its readout, which stage 3 goes
+on with. --mode says what predicts latents from it:
+    latents     flow matching of the vectors (SmolVLA, arXiv 2506.01844)
+    head        logits of each position's codes (LAPA, 2410.11758)
+    codes       the language model itself: <ACTION> <ACT_7> <ACT_3> </ACTION>
+    actions     flow matching of true action chunks, of all video: the oracle
+    multitask   latents, and actions of the datasets that have any
+`accuracy` is that of the codes nearest to the prediction, on held-out episodes, beside always
+answering with the most frequent code.
 
 Letters: B batch, L text tokens, P image tokens, S latent tokens, K codes, D code width,
-R whitened width, W trunk width, N width of the flow's vector.
+R whitened width, W trunk width, N width of a target, V words of the tokenizer.
 """
 import base64
 import contextlib
@@ -72,7 +78,7 @@ class Config(data_oxe.DataConfig):
     overwrite: bool = False                 # start anew in an OUT that holds a run or its files
 
     # what is predicted
-    mode: Mode = "latents"                  # their flow; codes by a head or as text; true actions
+    mode: Mode = "latents"                  # above: what is predicted, and how
     laq_ckpt: str = "runs/laq/laq.pt2"      # laq.py's labeller; 'pooled', a control; '': none
     targets: Literal["vectors", "codes"] = "vectors"    # latents: unquantized, or of the codes
     parallel_decode: bool = False           # --mode codes: all positions' codes in one pass
@@ -264,8 +270,7 @@ class Multitask(Flow):
                 "actions": self.action_weight * action / share}
 
 
-# what --mode means: a flow of latents, logits of codes, codes as text, a flow of true actions (the
-# oracle, of all video), or flows of both. A new one is a class that keeps to LatentPolicy.
+# a new one is a class that keeps to LatentPolicy
 MODES = {"latents": Flow, "head": Head, "codes": CodeTokens, "actions": Flow,
          "multitask": Multitask}
 
@@ -414,8 +419,9 @@ class Trunk(nn.Module):
     <ACTION>, which sees all others and is the readout. The three are token ids of the chat that the
     model was trained on. Without a chat padding takes positions: so `tiny` was measured.
 
-    The vision tower, the connector and the language model are called one by one: SmolVLM's forward
-    drops all-black images as padding.
+    Pictures come as squares, as SmolVLM's processor makes them of any. The vision tower, the
+    connector and the language model are called one by one: SmolVLM's forward drops all-black images
+    as padding.
     """
 
     def __init__(self, vlm, before=(), between=(), after=()):

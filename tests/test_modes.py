@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import OnlyMeta, metrics
+from common import OnlyMeta
 
 import finetune
 import vla
