@@ -176,7 +176,8 @@ class Policy(nn.Module):
 class Decoder:
     """What labelled episodes say about video. decoder(batch of frame pairs) -> normalized action
     chunks (B, C, A), by kernel ridge from the pairs' latents and the readouts of both frames, of
-    the trunk as it was before any step: that knows picture and instruction, before and after.
+    the trunk as it was before any step: that knows picture and instruction, before and after. Each
+    labelled pair is shown twice, as it is and shaken.
 
     metrics: held-out R2, beside that of pooled pixel differences in place of the latents and that
     of the first frame's readout alone.
@@ -193,7 +194,8 @@ class Decoder:
         pairs = max(8, KernelRidge.most // episodes)                    # of each; whole if few
         fit_loader = load(replace(cfg, pairs_per_episode=pairs), "train", 64, seed=2, shuffle_mb=8)
         labeller.check(cfg, fit_loader)
-        fit = self.collect(model, fit_loader, math.ceil(KernelRidge.most / 64))
+        torch.manual_seed(cfg.seed)
+        fit = self.collect(model, fit_loader, math.ceil(KernelRidge.most / 64), shaken)
         if len(np.unique(fit["episode"])) < 2:
             fail(f"--laq-ckpt '{cfg.laq_ckpt}': a decoder is fitted on frame pairs of two labelled "
                  f"episodes at least, --mix '{cfg.mix}' has fewer")
@@ -209,15 +211,18 @@ class Decoder:
         self.map = maps[""]
 
     def __call__(self, batch: dict) -> torch.Tensor:
-        features = [self.latent(batch), self.readout(batch, 0), self.readout(batch, 1)]
+        features = self.features(batch)
+        features = [features[name] for name in ("latent", "readout", "later_readout")]
         return self.map(features).float().unflatten(1, self.shape)
 
     @torch.no_grad()
-    def latent(self, batch: dict):
-        codes, latents = self.labeller(batch["frames"])
-        return (latents if self.targets == "vectors" else self.labeller.lookup(codes)).flatten(1)
+    def features(self, batch: dict) -> dict:
+        codes, latents = self.labeller(batch["frames"])                 # (B, S), (B, S, D)
+        latents = latents if self.targets == "vectors" else self.labeller.lookup(codes)
+        return {"latent": latents.flatten(1),
+                "readout": self.readout(batch, 0), "later_readout": self.readout(batch, 1),
+                "pooled": PooledDifference()(batch["frames"])[1].flatten(1)}
 
-    @torch.no_grad()
     def readout(self, batch: dict, frame: int):
         images = data_oxe.resize_to(batch["frames"][:, frame], self.trunk.image_size)
         return self.trunk(images, *self.tokens(batch["instruction"], self.device))
@@ -228,8 +233,9 @@ class Decoder:
                 f"{m['r2']:.2f} (pooled differences {m['r2_pooled_difference']:.2f}, without "
                 f"latents {m['r2_readout_alone']:.2f})")
 
-    def collect(self, model: Policy, loader, batches: int) -> dict:
-        """A loader's distinct labelled pairs whose chunk is whole, as tensors of M rows."""
+    def collect(self, model: Policy, loader, batches: int, *changes) -> dict:
+        """A loader's distinct labelled pairs whose chunk is whole, as tensors of M rows; then the
+        same pairs with changed frames."""
         rows, seen = [], set()
         for batch in loader.peek(batches):
             places = list(zip(*(batch[name].tolist() for name in ("dataset", "episode", "step"))))
@@ -239,14 +245,29 @@ class Decoder:
                 break
             new &= batch["has_action"] & batch["action_mask"].all(1)
             tensors = data_oxe.to_device(batch, self.device, loader.image_size)
-            row = {"latent": self.latent(tensors), "readout": self.readout(tensors, 0),
-                   "later_readout": self.readout(tensors, 1),
-                   "pooled": PooledDifference()(tensors["frames"])[1].flatten(1),
-                   "chunk": model.normalized(tensors).flatten(1)}
-            row = {name: value[torch.from_numpy(new)] for name, value in row.items()}
-            rows.append(row | {"episode": (batch["dataset"] * 1_000_003 + batch["episode"])[new]})
+            episode = (batch["dataset"] * 1_000_003 + batch["episode"])[new]
+            for frames in (tensors["frames"], *(change(tensors["frames"]) for change in changes)):
+                row = self.features({**tensors, "frames": frames})
+                row["chunk"] = model.normalized(tensors).flatten(1)
+                row = {name: value[torch.from_numpy(new)] for name, value in row.items()}
+                rows.append(row | {"episode": episode})
         join = {name: torch.cat for name in rows[0]} | {"episode": np.concatenate}
         return {name: join[name]([row[name] for row in rows]) for name in join}
+
+
+def shaken(frames, shift: float = 1 / 32, light: float = 0.1):
+    """uint8 (B, T, H, W, 3): each picture moved by up to this share of its side, each of its colours
+    lighter or darker by up to this share. What was done depends on neither."""
+    images = frames.flatten(0, 1).permute(0, 3, 1, 2).float()                       # (B*T, 3, H, W)
+    random = 2 * torch.rand(len(images), 5, device=images.device) - 1               # -1..1
+    move = torch.eye(2, 3).to(images).repeat(len(images), 1, 1)
+    move[:, :, 2] = 2 * shift * random[:, :2]               # the picture reaches from -1 to 1
+    grid = F.affine_grid(move, images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, mode="nearest", padding_mode="border",
+                           align_corners=False)
+    images = images * (1 + light * random[:, 2:, None, None])
+    images = images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return images.unflatten(0, frames.shape[:2])
 
 
 def statistics(loader, how: str, batches: int = 32) -> dict:
@@ -380,7 +401,7 @@ class KernelRidge:
     variance of left-out episodes.
     """
 
-    most = 1536                                                         # rows that it is fitted on
+    most = 2048                                                         # rows that it is fitted on
 
     def __init__(self, features: list, y: torch.Tensor, episode: np.ndarray):
         rows = np.random.default_rng(0).permutation(len(y))[:self.most]
@@ -1444,6 +1465,7 @@ class Logger:
         """flops: of forward and backward of one sample."""
         self.cfg, self.on, self.wandb = cfg, rank == 0, None
         self.device = device
+        self.tflop = flops * cfg.batch_size / 1e12                      # a step of all processes
         self.flops = flops * cfg.batch_size / world                     # a step of one process
         self.peak = matmul_rate(device, cfg.dtype)
         self.steps, self.seconds, self.waited = 0, 0.0, 0.0             # since the last line
@@ -1508,7 +1530,8 @@ class Logger:
         if due and self.on:
             values = dict(zip(values, means))
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
-            self.write(step, {**values, "lr": lr_at(self.cfg, step), **self.speed()})
+            self.write(step, {**values, "lr": lr_at(self.cfg, step), **self.speed(),
+                              "tflop": (step + 1) * self.tflop})        # since the first step
         if due:
             self.steps, self.seconds, self.waited = 0, 0.0, 0.0
 

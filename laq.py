@@ -902,7 +902,7 @@ class KernelRidge:
     variance of left-out episodes.
     """
 
-    most = 1536                                                         # rows that it is fitted on
+    most = 2048                                                         # rows that it is fitted on
 
     def __init__(self, features: list, y: torch.Tensor, episode: np.ndarray):
         rows = np.random.default_rng(0).permutation(len(y))[:self.most]
@@ -1575,6 +1575,7 @@ class Logger:
         """flops: of forward and backward of one sample."""
         self.cfg, self.on, self.wandb = cfg, rank == 0, None
         self.device = device
+        self.tflop = flops * cfg.batch_size / 1e12                      # a step of all processes
         self.flops = flops * cfg.batch_size / world                     # a step of one process
         self.peak = matmul_rate(device, cfg.dtype)
         self.steps, self.seconds, self.waited = 0, 0.0, 0.0             # since the last line
@@ -1639,7 +1640,8 @@ class Logger:
         if due and self.on:
             values = dict(zip(values, means))
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
-            self.write(step, {**values, "lr": lr_at(self.cfg, step), **self.speed()})
+            self.write(step, {**values, "lr": lr_at(self.cfg, step), **self.speed(),
+                              "tflop": (step + 1) * self.tflop})        # since the first step
         if due:
             self.steps, self.seconds, self.waited = 0, 0.0, 0.0
 

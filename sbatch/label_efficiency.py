@@ -1,7 +1,8 @@
 """Table and plot of what label_efficiency.sh measured: python sbatch/label_efficiency.py OUT
 
 Reads OUT/TASKSET+LEVEL/ARM+SEED/demosD_stepsN_seedF/rollout/results.json. A rate is the mean over
-runs, its interval the 95% of a bootstrap that draws runs, and episodes within them.
+runs, its interval the 95% of a bootstrap that draws runs, and episodes within them. TFLOP are of
+forward and backward in all stages that led to a policy.
 """
 import csv
 import json
@@ -18,16 +19,34 @@ NAME = re.compile(r"(?P<setting>[a-z]+\d+)/(?P<arm>[a-z]+3?)(?P<seed>\d)/"
                   r"demos(?P<demos>\d+)_steps(?P<steps>\d+)_seed(?P<again>\d+)/rollout")
 
 
-def read(out: Path) -> dict:
-    """{(setting, arm, demos, steps): [successes of a run, bool (episodes,), ...]}"""
-    cells = {}
+def read(out: Path) -> tuple[dict, dict]:
+    """{(setting, arm, demos, steps): [successes of a run, bool (episodes,), ...]}, and the same
+    with the TFLOP of a run."""
+    cells, compute = {}, {}
     for path in sorted(out.glob("*/*/*/rollout/results.json")):
         found = NAME.fullmatch(str(path.parent.relative_to(out)))
         if found:
             key = found["setting"], found["arm"], int(found["demos"]), int(found["steps"])
             episodes = json.loads(path.read_text())["episodes"]
             cells.setdefault(key, []).append(np.array([e["success"] for e in episodes]))
-    return cells
+            compute[key] = total_tflop(path.parents[1])
+    return cells, compute
+
+
+def total_tflop(run: Path) -> float:
+    """Of a stage and, as its configuration names them, the stages before it."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    total = max((line.get("tflop", 0.0) for line in lines), default=0.0)
+    manifest = next(run.glob("*/manifest.json"), None)              # of policy/ or stage2/
+    if manifest is None:                                            # a quantizer, the first stage
+        return total
+    config = json.loads(manifest.read_text())["config"]
+    quantizer, stage2 = (Path(config.get(name, "none")) for name in ("laq_ckpt", "init"))
+    if stage2.name == "stage2":                                     # whose quantizer is the same
+        total += total_tflop(stage2.parent)
+    elif quantizer.suffix == ".pt2" and config.get("mode") != "actions":
+        total += total_tflop(quantizer.parent)
+    return total
 
 
 def interval(runs: list[np.ndarray]) -> tuple[float, float, float]:
@@ -41,19 +60,20 @@ def interval(runs: list[np.ndarray]) -> tuple[float, float, float]:
 
 
 def main(out: Path):
-    cells = {key: (*interval(runs), len(runs)) for key, runs in sorted(read(out).items())}
+    runs, compute = read(out)
+    cells = {key: (*interval(runs[key]), len(runs[key]), compute[key]) for key in sorted(runs)}
     if not cells:
         raise SystemExit(f"label_efficiency: no results in '{out}'")
     with (out / "results.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow("setting arm demos steps success low high runs".split())
-        writer.writerows([*key, *map("{:.3f}".format, value[:3]), value[3]]
+        writer.writerow("setting arm demos steps success low high runs tflop".split())
+        writer.writerows([*key, *map("{:.3f}".format, value[:3]), *value[3:]]
                          for key, value in cells.items())
-    lines = ["| video | demonstrations | arm | iterations | success [95%] | runs |",
-             "|" + "---|" * 6]
-    for (setting, arm, demos, steps), (mean, low, high, n) in cells.items():
+    lines = ["| video | demonstrations | arm | iterations | success [95%] | runs | TFLOP |",
+             "|" + "---|" * 7]
+    for (setting, arm, demos, steps), (mean, low, high, n, tflop) in cells.items():
         lines.append(f"| {setting} | {demos} | {arm} | {steps} "
-                     f"| {mean:.2f} [{low:.2f}, {high:.2f}] | {n} |")
+                     f"| {mean:.2f} [{low:.2f}, {high:.2f}] | {n} | {tflop:.1f} |")
     (out / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     plot(cells, out / "success.png")
@@ -74,7 +94,7 @@ def plot(cells: dict, path: Path):
             over_steps = {n: v for (d, n), v in mine.items() if d == demos}
             for ax, curve in zip(row, (over_demos, over_steps)):
                 if curve:
-                    mean, low, high, _ = np.array(list(curve.values())).T
+                    mean, low, high, *_ = np.array(list(curve.values())).T
                     ax.errorbar(list(curve), mean, (mean - low, high - mean), label=arm,
                                 marker="o", capsize=2)
         row[0].set(title=f"{setting}, {most} iterations", xlabel="demonstrations a task")
