@@ -81,6 +81,7 @@ class Config(data_oxe.DataConfig):
     mode: Mode = "latents"                  # above: what is predicted, and how
     laq_ckpt: str = "runs/laq/laq.pt2"      # laq.py's labeller; 'pooled', a control; '': none
     targets: Literal["vectors", "codes"] = "vectors"    # latents: unquantized, or of the codes
+    latent_chunk: int = 1                   # consecutive pairs whose latents are predicted at once
     parallel_decode: bool = False           # --mode codes: all positions' codes in one pass
     action_weight: float = 1.0              # --mode multitask: of the actions' loss
     null: Literal["", "permuted", "frame"] = ""     # control: other pairs' latents, or still pairs'
@@ -563,7 +564,7 @@ class Tokens:
 @torch.no_grad()
 def to_inputs(batch: dict, cfg: Config, labeller, trunk: Trunk, tokens, device) -> dict:
     """The loader's batch on the device -> images, ids, mask, and what the target is made of."""
-    frames = batch["frames"]                                            # (B, 2, H, H, 3)
+    frames = batch["frames"]                                            # (B, 1 + n, H, H, 3)
     ids, mask = tokens(batch["instruction"], device)
     inputs = {"images": data_oxe.resize_to(frames[:, 0], trunk.image_size), "ids": ids,
               "mask": mask}
@@ -572,12 +573,22 @@ def to_inputs(batch: dict, cfg: Config, labeller, trunk: Trunk, tokens, device) 
     if cfg.mode == "actions":
         return inputs
     if cfg.null == "frame":
-        frames = torch.stack([frames[:, 0], frames[:, 0]], 1)
-    codes, latents = labeller(frames)                                   # (B, S), (B, S, D)
+        frames = frames[:, :1].expand_as(frames)
+    codes, latents = label_pairs(labeller, frames)
     if cfg.null == "permuted":                                          # of the batch's pairs
         codes, latents = (x if x is None else x.roll(1, 0) for x in (codes, latents))
     target = {"codes": codes, "latents": latents}                       # 'pooled' has no codes
     return inputs | {name: x for name, x in target.items() if x is not None}
+
+
+@torch.no_grad()
+def label_pairs(labeller, frames) -> tuple:
+    """Frames (B, 1 + n, H, H, 3), n = --latent-chunk -> codes (B, S), latents (B, S, D) of all
+    consecutive pairs: S counts the labeller's tokens of each."""
+    pairs = torch.stack([frames[:, :-1], frames[:, 1:]], 2)             # (B, n, 2, H, H, 3)
+    codes, latents = labeller(pairs.flatten(0, 1))
+    latents = latents.reshape(len(frames), -1, latents.shape[-1])
+    return codes if codes is None else codes.reshape(len(frames), -1), latents
 
 
 @torch.no_grad()
@@ -742,7 +753,8 @@ def main(cfg: Config) -> int:
     inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
                         tokens=Tokens(tokenizer, cfg.text_len), device=device)
     load = partial(data_oxe.Loader, image_size=max(labeller.image_size, trunk.image_size),
-                   horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk)
+                   horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk,
+                   consecutive=cfg.latent_chunk)
     loader = load(cfg, "train", local, seed=cfg.seed, rank=rank, world=world)
     loaders = evaluation_loaders(cfg, load)
     labeller.check(cfg, loader)
@@ -813,6 +825,9 @@ def check(cfg: Config):
              f"of laq.py")
     if cfg.laq_ckpt == "pooled" and cfg.targets == "codes" and cfg.mode != "actions":
         fail("--laq-ckpt pooled has no codes; give --targets vectors")
+    if cfg.latent_chunk < 1 or cfg.latent_chunk > 1 and cfg.mode == "actions":
+        fail(f"--latent-chunk {cfg.latent_chunk} is a number of frame pairs whose latents are "
+             f"predicted; --mode {cfg.mode} needs 1")
     if cfg.parallel_decode and cfg.mode != "codes":
         fail(f"--parallel-decode is a way to predict --mode codes, this is --mode {cfg.mode}")
     if cfg.mode == "actions" and cfg.null:
@@ -886,16 +901,19 @@ def make_target(cfg: Config, labeller, loader, device) -> nn.Module:
     if cfg.mode == "actions":
         check_widths(loader)
         return Actions(statistics(loader, "meanstd"), cfg.chunk)
+    codebook = labeller.codebook                                        # (S, K, D)
+    if codebook is not None:                                            # 'pooled' has none
+        codebook = codebook.repeat(cfg.latent_chunk, 1, 1)              # for each pair the same
     if cfg.mode in ("head", "codes"):
-        return OneHot(labeller.codebook)
+        return OneHot(codebook)
     if cfg.targets == "codes":
-        return Codes(labeller.codebook)
+        return Codes(codebook)
     size = loader.image_size
     frames = (data_oxe.to_device(b, device, size)["frames"] for b in loader.peek(cfg.eval_batches))
-    latents = torch.cat([labeller(x)[1].flatten(1) for x in frames])
+    latents = torch.cat([label_pairs(labeller, x)[1].flatten(1) for x in frames])
     if (latents == latents[0]).all():
         fail("the labeller gives all pairs the same latents, of which nothing can be learned")
-    return Vectors(latents, labeller.codebook)
+    return Vectors(latents, codebook, width=16 * cfg.latent_chunk)
 
 
 def check_widths(loader):

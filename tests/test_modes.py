@@ -122,6 +122,27 @@ def test_actions_count_where_there_are_any():
         assert parts_of(actions=batch["actions"] + 9)["actions"] > 10 * parts["actions"]
 
 
+def test_a_chunk_of_latents_is_of_consecutive_pairs():
+    """--latent-chunk 2: each pair's positions stand after those of the pair before, in targets and
+    predictions; every mode of latents learns them."""
+    labeller = vla.PooledDifference()
+    frames = torch.randint(0, 255, (4, 3, 64, 64, 3), dtype=torch.uint8)
+    latents = vla.label_pairs(labeller, frames)[1]                            # (4, 2, 192)
+    for i in range(2):
+        assert torch.equal(latents[:, i], labeller(frames[:, i:i + 2])[1][:, 0])
+    labeller.codebook = torch.randn(2, 8, 3)
+    for mode, targets in (("head", "codes"), ("codes", "codes"), ("latents", "codes")):
+        cfg = vla.Config(mode=mode, targets=targets, latent_chunk=2)
+        target = vla.make_target(cfg, labeller, None, None)
+        model = vla.MODES[mode](cfg, small_trunk(), target)
+        batch = pairs_of(model, 4) | {"codes": torch.randint(0, 8, (4, 4))}
+        assert sum(model.loss(batch).values()).isfinite()
+        prediction = model.predict(batch)[1]
+        assert model.code_scores(prediction).shape == (4, 4, 8)
+        scores = model.code_scores(target(batch)[0])
+        assert torch.equal(scores.argmax(-1), batch["codes"])
+
+
 def test_a_checkpoint_of_other_codes_is_one_line():
     for name in ("codes", "head", "latents of codes"):
         with pytest.raises(SystemExit, match=r"codebook is \(2, 8, 3\), --laq-ckpt gives \(2, 16"):
