@@ -139,9 +139,11 @@ class Loader:
     split: 'train' or 'val'. batch_size: of this rank. image_size: of square frames; 0 leaves out
     `frames`, for statistics; resize 'gpu' hands over the decoded size and leaves resizing to to().
     horizon_s: seconds between the frames (None: each dataset's own offset; 0: the same frame twice,
-    for policies). chunk: C. min_motion: drops pairs whose 16x16 thumbnails differ by less, mean
-    absolute difference in grey levels. demonstrations: leaves out episodes without an instruction,
-    where the dataset has them, and failed ones, where it says so. shuffle_mb: instead of cfg's.
+    for policies). consecutive: frame pairs of a sample, (t, t+k), (t+k, t+2k) ..., all within the
+    episode; frames are then (B, 1 + consecutive, H, W, 3). chunk: C. min_motion: drops pairs whose
+    16x16 thumbnails differ by less, mean absolute difference in grey levels. demonstrations: leaves
+    out episodes without an instruction, where the dataset has them, and failed ones, where it says
+    so. shuffle_mb: instead of cfg's.
     Ranks get disjoint episodes of train; val is the same on every rank. Errors of data and
     arguments exit with one line.
     """
@@ -149,13 +151,14 @@ class Loader:
     def __init__(self, cfg: DataConfig, split: str, batch_size: int, image_size: int, *,
                  horizon_s: float | None = None, chunk: int = 1, min_motion: float = 0.0,
                  demonstrations: bool = True, shuffle_mb: float | None = None, seed: int = 0,
-                 rank: int = 0, world: int = 1):
+                 rank: int = 0, world: int = 1, consecutive: int = 1):
         check(cfg, batch_size, chunk, min_motion, image_size, horizon_s)
         self.cfg, self.batch_size, self.image_size, self.chunk = cfg, batch_size, image_size, chunk
         self.min_motion, self.demonstrations = min_motion, demonstrations
+        self.consecutive = consecutive
         self.threads = cfg.threads or threads_here()
-        self.plans = [make_plan(cfg, name, split, horizon_s, demonstrations, rank, world)
-                      for name in parse_mix(cfg.mix)]
+        self.plans = [make_plan(cfg, name, split, horizon_s, consecutive, demonstrations, rank,
+                                world) for name in parse_mix(cfg.mix)]
         self.describe_mix()
         self.faults = Faults(self.plans, cfg.max_bad)
         self.seed = seed + 1_000_003 * rank if split == "train" else seed
@@ -313,7 +316,7 @@ class Loader:
     def decoded(self, pair: dict) -> dict:
         """Last stage of the pipeline, in parallel: one encoded pair -> its frames."""
         pair = dict(pair)
-        images = pair.pop("first"), pair.pop("second")
+        images = tf.unstack(pair.pop("images"), 1 + self.consecutive)
         if not self.image_size:
             return pair
         if all(plan.offset == 0 for plan in self.plans):
@@ -374,7 +377,7 @@ class Loader:
         if "frames" in item:
             frames = item["frames"]
             if "size" in item:
-                frames = unpadded(frames, item["size"])
+                frames = unpadded(frames, item["size"], 1 + self.consecutive)
             bgr = np.array([plan.entry.bgr for plan in self.plans])
             for i in np.flatnonzero(bgr[batch["dataset"]]):
                 swap_red_and_blue(frames[i])
@@ -469,17 +472,17 @@ def threads_here() -> int:
     return min(16, max(1, len(os.sched_getaffinity(0)) // processes))
 
 
-def unpadded(frames: np.ndarray, size: np.ndarray):
-    """Flat, padded pictures (B, n) of sizes (B, 2) -> (B, 2, h, w, 3), or a list where they
-    differ."""
+def unpadded(frames: np.ndarray, size: np.ndarray, count: int):
+    """Flat, padded pictures (B, n), count each, of sizes (B, 2) -> (B, count, h, w, 3), or a list
+    where they differ."""
     if (size == size[0]).all():
-        return frames.reshape(len(frames), 2, *size[0], 3)
-    return [x[:6 * h * w].reshape(2, h, w, 3) for x, (h, w) in zip(frames, size)]
+        return frames.reshape(len(frames), count, *size[0], 3)
+    return [x[:count * h * w * 3].reshape(count, h, w, 3) for x, (h, w) in zip(frames, size)]
 
 
 def swap_red_and_blue(pair: np.ndarray):
-    """Of (2, h, w, 3), in place. TensorFlow's reverse took a third of the loader's time for a tenth
-    of the pictures."""
+    """Of (count, h, w, 3), in place. TensorFlow's reverse took a third of the loader's time for a
+    tenth of the pictures."""
     import cv2
     image = pair.reshape(-1, pair.shape[2], 3)
     cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
@@ -491,6 +494,7 @@ class Sampler:
 
     def __init__(self, loader: Loader):
         self.chunk, self.pairs = loader.chunk, loader.cfg.pairs_per_episode
+        self.consecutive = loader.consecutive
         self.width, self.seed = max(1, loader.action_dim), loader.seed
         self.report = loader.faults.report
         plans = loader.plans
@@ -503,13 +507,14 @@ class Sampler:
     def sample(self, episode: dict) -> dict:
         """An episode as Reader gives it -> n encoded pairs; n is 0 where it is not used.
 
-        "first", "second" (n,): frames t and t+k; "text" (n,); "floats" (n, C*A + A + Ds): actions,
-        action_sum, state, in one tensor, as tf.data charges by the tensor; "integers" int64 (n, 4):
-        dataset, episode, t, steps left.
+        "images" (n, 1 + consecutive): frames t, t+k ...; "text" (n,); "floats" (n, C*A + A + Ds):
+        actions, action_sum, state, in one tensor, as tf.data charges by the tensor; "integers"
+        int64 (n, 4): dataset, episode, t, steps left.
         """
         dataset, images = episode["dataset"], episode["images"]
         k, skip, T = self.offset[dataset], self.skip[dataset], tf.shape(images)[0]
-        usable = self.usable(episode, T - k - skip)             # starts t with t+k < T
+        moments = k * tf.range(1 + self.consecutive)            # 0, k, 2k ...
+        usable = self.usable(episode, T - moments[-1] - skip)   # starts t whose last frame is there
         t = skip + self.starts(dataset, episode["draw"], usable)                    # (n,)
         n, C = tf.shape(t)[0], self.chunk
 
@@ -519,7 +524,7 @@ class Sampler:
         state = tf.gather(episode["state"], t)                                      # (n, Ds)
         same = [tf.fill([n], x) for x in (dataset, episode["episode"])]
         integers = [*same, tf.cast(t, tf.int64), tf.cast(T - t, tf.int64)]
-        return {"first": tf.gather(images, t), "second": tf.gather(images, t + k),
+        return {"images": tf.gather(images, t[:, None] + moments),
                 "text": tf.fill([n], episode["text"]),
                 "floats": tf.concat([actions, motion, state], 1),
                 "integers": tf.stack(integers, 1)}
@@ -1046,7 +1051,7 @@ class Plan:
         return [file for file in self.files if file.first <= episode][-1]
 
 
-def make_plan(cfg: DataConfig, name: str, split: str, horizon_s: float | None,
+def make_plan(cfg: DataConfig, name: str, split: str, horizon_s: float | None, consecutive: int,
               demonstrations: bool, rank: int, world: int) -> Plan:
     """One dataset of the mix, from its metadata: which episodes, which features, how far apart."""
     entry = find_entry(cfg.data, name)
@@ -1059,18 +1064,19 @@ def make_plan(cfg: DataConfig, name: str, split: str, horizon_s: float | None,
         ids = np.array_split(ids, world)[rank]                  # ranges: few files do not matter
     offset = pair_offset(name, entry, horizon_s)
     lengths, sizes, fit = glance(name, builder, shards, entry, features)
-    usable = np.clip(np.array(lengths) - offset - entry.skip, 0, cfg.pairs_per_episode or None)
+    span = consecutive * offset
+    usable = np.clip(np.array(lengths) - span - entry.skip, 0, cfg.pairs_per_episode or None)
     if not usable.any():
         fail(f"none of {len(lengths)} episodes of dataset '{name}', of at most {max(lengths)} "
-             f"steps, is long enough for a frame pair of {offset + 1} steps; give a shorter "
-             f"horizon")
+             f"steps, is long enough for {consecutive} frame pairs of {span + 1} steps; give a "
+             f"shorter horizon")
     if demonstrations and not any(fit):
         fail(f"none of {len(lengths)} episodes of dataset '{name}' has an instruction and success; "
              f"leave it out of --mix")
     pairs = (usable * fit if demonstrations else usable).mean()
     info = builder.info.splits["train"]
     return Plan(name, entry, offset, files_of(shards, ids), features, counts, max(pairs, 0.1),
-                float(np.mean(lengths)) * counts["used"], 2 * float(np.mean(sizes)),
+                float(np.mean(lengths)) * counts["used"], (1 + consecutive) * float(np.mean(sizes)),
                 [info.num_bytes, list(info.shard_lengths)])
 
 
@@ -1437,7 +1443,7 @@ def to_device(batch: dict, device, image_size: int) -> dict:
     out = {k: send(v, device) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
     frames = batch.get("frames")
     if isinstance(frames, list):
-        common = len(frames), 2, image_size, image_size, 3
+        common = len(frames), len(frames[0]), image_size, image_size, 3
         out["frames"] = torch.empty(common, dtype=torch.uint8, device=device)
         for shape in {x.shape for x in frames}:                 # one resize for all pairs of a size
             rows = [i for i, x in enumerate(frames) if x.shape == shape]

@@ -60,7 +60,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import AutoTokenizer, ByT5Tokenizer, SmolVLMConfig, SmolVLMModel
+from transformers import (AutoTokenizer, ByT5Tokenizer, Dinov2Config, Dinov2Model, LlamaConfig,
+                          LlamaModel, PreTrainedConfig, PreTrainedModel, SiglipVisionConfig,
+                          SiglipVisionModel, SmolVLMConfig, SmolVLMModel)
 from transformers import logging as transformers_logging
 
 import data_oxe
@@ -75,8 +77,11 @@ class Config(data_oxe.DataConfig):
 
     # model
     init: str = "runs/vla/stage2"           # stage2/ of vla.py, or 'none': no latent pretraining
-    trunk: str = "tiny"                     # 'tiny' (random, 64 px), or a SmolVLM2 name or folder
-    text_layers: int = 16                   # of the language model that are kept, as in SmolVLA
+    trunk: str = "tiny"                     # 'tiny', 'dual-7b', or a SmolVLM2 name or folder
+    random_init: bool = False               # build --trunk with random weights, from its config
+    shrink: bool = False                    # with --random-init: a toy of the same shape
+    text_layers: int | None = None          # that are kept; None: 16 of SmolVLM2's, else all
+    plain_prompt: bool = False              # image and instruction alone, without the trunk's chat
     text_len: int = 32                      # instruction tokens; longer ones are cut
     head_width: int = 256                   # hidden units of the head
     chunk: int = 8                          # C, actions predicted at once
@@ -254,8 +259,8 @@ class Decoder:
 
 
 def shaken(frames, shift: float = 1 / 32, light: float = 0.1):
-    """uint8 (B, T, H, W, 3): each picture moved by up to this share of its side, each of its colours
-    lighter or darker by up to this share. What was done depends on neither."""
+    """uint8 (B, T, H, W, 3): each picture moved by up to this share of its side, each of its
+    colours lighter or darker by up to this share. What was done depends on neither."""
     images = frames.flatten(0, 1).permute(0, 3, 1, 2).float()                       # (B*T, 3, H, W)
     random = 2 * torch.rand(len(images), 5, device=images.device) - 1               # -1..1
     move = torch.eye(2, 3).to(images).repeat(len(images), 1, 1)
@@ -300,34 +305,60 @@ def normalization(x: np.ndarray, how: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Trunk(nn.Module):
-    """SmolVLM without its language-model output: images, instruction -> one readout vector.
+    """A vision-language model without its output layer: images, instruction -> a readout vector.
 
-    images uint8 (B, H, W, 3), ids int64 (B, L), mask int64 (B, L) -> (B, W). The vision tower, the
-    connector and the language model are called one by one: the usual forward drops all-black
-    images as padding.
+    images uint8 (B, H, W, 3), ids int64 (B, L), mask int64 (B, L) -> (B, W). The language model
+    reads `before`, the image, `between`, the instruction, `after`, and then an extra token,
+    <ACTION>, which sees all others and is the readout. The three are token ids of the chat that the
+    model was trained on. Without a chat padding takes positions: so `tiny` was measured.
+
+    Pictures come as squares, as SmolVLM's processor makes them of any. The vision tower, the
+    connector and the language model are called one by one: SmolVLM's forward drops all-black images
+    as padding.
     """
 
-    def __init__(self, vlm: SmolVLMModel):
+    def __init__(self, vlm, before=(), between=(), after=()):
         super().__init__()
         self.vlm = vlm
         self.width = vlm.config.text_config.hidden_size
         self.image_size = vlm.config.vision_config.image_size
+        for name, ids in {"before": before, "between": between, "after": after}.items():
+            ids = torch.tensor(ids, dtype=torch.int64)
+            self.register_buffer(name, ids, persistent=False)           # the tokenizer holds them
         readout = 0.02 * torch.randn(self.width)
         self.readout = nn.Parameter(readout)                # an extra last token sees the others
 
     def forward(self, images, ids, mask):
-        B, text_model = images.shape[0], self.vlm.text_model    # len() would fix B in an export
+        return self.read(*self.prompt(images, ids, mask))[:, 0]                     # (B, W)
+
+    def prompt(self, images, ids, mask):
+        """-> embeddings (B, T, W) up to the readout, which of them count (B, T)"""
         image = self.vlm.connector(self.see(images))                                # (B, P, W)
-        text = text_model.get_input_embeddings()(ids)                               # (B, L, W)
+        B, P = image.shape[:2]                                  # len() would fix B in an export
+        before, between, after = (x.expand(B, -1) for x in (self.before, self.between, self.after))
+        words = torch.cat([before, between, ids, after], 1)
+        text = self.vlm.text_model.get_input_embeddings()(words)                    # (B, L, W)
         readout = self.readout.expand(B, 1, -1).to(text.dtype)
-        tokens = torch.cat([image, text, readout], 1)                               # (B, T, W)
-        seen = torch.cat([mask.new_ones(B, image.shape[1]), mask, mask.new_ones(B, 1)], 1)
+        n = len(self.before)
+        tokens = torch.cat([text[:, :n], image, text[:, n:], readout], 1)           # (B, T, W)
+        always = mask.new_ones(B, n + P + len(self.between))
+        return tokens, torch.cat([always, mask, mask.new_ones(B, len(self.after) + 1)], 1)
+
+    def read(self, tokens, seen, more=None):
+        """What prompt gives, and embeddings that follow the readout, (B, E, W) -> hidden states of
+        the readout and of these, (B, 1 + E, W)"""
+        last = tokens.shape[1] - 1
+        if more is not None:
+            tokens = torch.cat([tokens, more.to(tokens.dtype)], 1)                  # (B, T, W)
+            seen = F.pad(seen, (0, more.shape[1]), value=1)
+        positions = seen.cumsum(1) - 1 if len(self.before) else None
         T = tokens.shape[1]
-        causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
+        causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
         seen = causal & seen.bool()[:, None, None]          # (B, 1, T, T), taken as it is; of a
         # (B, T) mask transformers asks the GPU whether it is all ones
-        hidden = text_model(inputs_embeds=tokens, attention_mask=seen, use_cache=False)
-        return hidden.last_hidden_state[:, -1].float()                              # (B, W)
+        hidden = self.vlm.text_model(inputs_embeds=tokens, attention_mask=seen,
+                                     position_ids=positions, use_cache=False)
+        return hidden.last_hidden_state[:, last:].float()
 
     def see(self, images):
         """Features of all patches, (B, patches, vision width). The vision tower's own forward asks
@@ -618,6 +649,8 @@ def check(cfg: Config, pretraining: dict):
         fail("--laq-ckpt pooled has no codes; give --targets vectors")
     if cfg.video and not cfg.laq_ckpt:
         fail(f"--video '{cfg.video}' needs --laq-ckpt, which decodes its actions")
+    if cfg.shrink and not cfg.random_init:
+        fail("--shrink makes a toy of the trunk, which can only be random; give --random-init too")
     tiny = pretraining.get("trunk", cfg.trunk) == "tiny"
     if cfg.lr is None:
         cfg.lr = 1e-3 if tiny else 1e-4
@@ -863,10 +896,12 @@ def read_stage2(cfg: Config) -> dict:
 def load_stage2(cfg: Config, manifest: dict) -> tuple[Trunk, object]:
     """-> trunk with its readout, tokenizer; from --trunk where there is no stage 2."""
     if not manifest:
-        return load_trunk(cfg.trunk, cfg.text_layers)
+        return load_trunk(cfg)
     folder = Path(cfg.init)
-    trunk, tokenizer = load_trunk(str(folder / "trunk"), manifest["config"]["text_layers"],
-                                  str(folder / "tokenizer"))
+    stored = manifest["config"]
+    cfg = replace(cfg, trunk=manifest["trunk"], text_layers=stored["text_layers"],
+                  plain_prompt=stored.get("plain_prompt", True))
+    trunk, tokenizer = load_trunk(cfg, str(folder))
     try:
         readout = load_file(folder / "heads.safetensors")["trunk.readout"]
     except (OSError, SafetensorError, KeyError) as error:
@@ -894,26 +929,242 @@ def tiny_config() -> SmolVLMConfig:
     return SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=2, image_token_id=383)
 
 
-def load_trunk(name: str, text_layers: int, tokenizer: str = "") -> tuple[Trunk, object]:
-    """'tiny' built from a config, or pretrained weights by name or folder; absent weights are an
-    error, never random. -> trunk, tokenizer"""
-    if name == "tiny":
+def tiny(cfg, stage2: str) -> tuple[Trunk, object]:
+    """Random, and so without a chat that it knows."""
+    if not stage2:
         return Trunk(SmolVLMModel(tiny_config())), ByT5Tokenizer()
+    vlm = pretrained("SmolVLM2", SmolVLMModel, f"{stage2}/trunk")
+    return Trunk(vlm), pretrained("tokenizer", AutoTokenizer, f"{stage2}/tokenizer")
+
+
+# What --random-init builds without a network, from the configs of these names. Of vision and text:
+# width, MLP, layers, heads (and key-value heads); then pixels, patch, and side of a pixel shuffle.
+SMOLVLM2 = {
+    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct":
+        ((768, 3072, 12, 12), (576, 1536, 30, 9, 3), 512, 16, 4),
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct":
+        ((768, 3072, 12, 12), (960, 2560, 32, 15, 5), 512, 16, 4),
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct":
+        ((1152, 4304, 27, 16), (2048, 8192, 24, 32, 32), 384, 14, 3)}
+# the chat before an image, between it and the instruction, and after, as SmolVLM's processor lays
+# it out for one picture
+SMOLVLM2_CHAT = ("<|im_start|>User:<fake_token_around_image><global-img>",
+                 "<fake_token_around_image>", "<end_of_utterance>\nAssistant:")
+
+
+def smolvlm2(cfg, stage2: str) -> tuple[Trunk, object]:
+    """--trunk by its Hugging Face name or from a folder."""
+    if stage2:
+        vlm = pretrained("SmolVLM2", SmolVLMModel, f"{stage2}/trunk")
+        tokenizer = pretrained("tokenizer", AutoTokenizer, f"{stage2}/tokenizer")
+    elif cfg.random_init:
+        vlm, tokenizer = random_smolvlm2(cfg)
+    else:
+        vlm = pretrained("SmolVLM2", SmolVLMModel, cfg.trunk)
+        tokenizer = pretrained("tokenizer", AutoTokenizer, cfg.trunk)
+    keep_layers(vlm, cfg.text_layers or 16)
+    return Trunk(vlm, *chat_ids(cfg, tokenizer, SMOLVLM2_CHAT)), tokenizer
+
+
+def random_smolvlm2(cfg) -> tuple[SmolVLMModel, object]:
+    if cfg.trunk in SMOLVLM2:
+        vision, text, pixels, patch, shuffle = SMOLVLM2[cfg.trunk]
+        vision = sizes(*vision, image_size=pixels, patch_size=patch)
+        text = sizes(*text, vocab_size=49280, model_type="llama")
+        tokenizer = byte_tokenizer(SMOLVLM2_CHAT)
+    else:
+        config = pretrained("SmolVLM2", SmolVLMConfig, cfg.trunk)
+        vision, text = config.vision_config.to_dict(), config.text_config.to_dict()
+        shuffle = config.scale_factor
+        tokenizer = pretrained("tokenizer", AutoTokenizer, cfg.trunk)
+    if cfg.shrink:
+        vision, text = shrunk(vision), shrunk(text)
+        vision["image_size"] = 2 * vision["patch_size"] * shuffle       # four image tokens
+    config = SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=shuffle)
+    return SmolVLMModel(config), tokenizer
+
+
+class DualConfig(PreTrainedConfig):
+    model_type = "dual"
+    sub_configs_defaults = {"vision_config": SiglipVisionConfig, "dinov2_config": Dinov2Config,
+                            "text_config": LlamaConfig}
+    vision_config: dict | PreTrainedConfig | None = None
+    dinov2_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+
+
+class DualVLM(PreTrainedModel):
+    """Two vision towers, whose features of a patch go side by side into a language model, as in
+    Prismatic VLMs (2402.07865) and OpenVLA (2406.09246)."""
+
+    config_class = DualConfig
+    _supports_sdpa = True
+
+    def __init__(self, config: DualConfig):
+        super().__init__(config)
+        self.vision_model = nn.ModuleDict({"siglip": SiglipVisionModel(config.vision_config),
+                                           "dinov2": Dinov2Model(config.dinov2_config)})
+        self.connector = self.make_connector()
+        self.text_model = LlamaModel(config.text_config)
+        self.post_init()
+
+    def make_connector(self) -> nn.Module:
+        both = self.config.vision_config.hidden_size + self.config.dinov2_config.hidden_size
+        width = self.config.text_config.hidden_size
+        return nn.Sequential(nn.LayerNorm(both), nn.Linear(both, width), nn.GELU(),
+                             nn.Linear(width, width), nn.LayerNorm(width))
+
+    def get_input_embeddings(self):
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.text_model.set_input_embeddings(value)
+
+
+class DualTrunk(Trunk):
+    """Trunk on a DualVLM: each tower gets pictures in its own mean and deviation."""
+
+    def __init__(self, vlm: DualVLM, *chat):
+        super().__init__(vlm, *chat)
+        mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's: DINOv2
+        for name, values in {"mean": mean, "deviation": deviation}.items():
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+
+    def see(self, images):
+        """Features of all patches, (B, patches, widths of both towers): their grids are equal."""
+        towers, x = self.vlm.vision_model, images.permute(0, 3, 1, 2).float() / 255
+        siglip = towers["siglip"](2 * x - 1).last_hidden_state
+        dinov2 = towers["dinov2"]((x - self.mean) / self.deviation).last_hidden_state
+        return torch.cat([siglip, dinov2[:, 1:]], -1)                   # without the class token
+
+
+DUAL = ("google/siglip-so400m-patch14-224", "facebook/dinov2-large", "meta-llama/Llama-2-7b-hf")
+DUAL_CHAT = "<s>", "", ""                                               # Llama 2 as such has none
+
+
+def dual_7b(cfg, stage2: str) -> tuple[Trunk, object]:
+    """Pictures of 224 pixels: 16 x 16 patches of 14 for either tower."""
+    if stage2:
+        vlm = pretrained("dual trunk", DualVLM, f"{stage2}/trunk")
+        tokenizer = pretrained("tokenizer", AutoTokenizer, f"{stage2}/tokenizer")
+    elif cfg.random_init:
+        vlm, tokenizer = random_dual(cfg), byte_tokenizer(DUAL_CHAT)
+    else:
+        vlm = join(pretrained("SigLIP", SiglipVisionModel, DUAL[0], vision_use_head=False),
+                   pretrained("DINOv2", Dinov2Model, DUAL[1], use_mask_token=False),
+                   pretrained("Llama", LlamaModel, DUAL[2]))
+        tokenizer = pretrained("tokenizer", AutoTokenizer, DUAL[2], add_bos_token=False)
+    keep_layers(vlm, cfg.text_layers)
+    return DualTrunk(vlm, *chat_ids(cfg, tokenizer, DUAL_CHAT)), tokenizer
+
+
+def random_dual(cfg) -> DualVLM:
+    image = dict(image_size=224, patch_size=14)
+    siglip = sizes(1152, 4304, 27, 16, vision_use_head=False, **image)
+    dinov2 = sizes(1024, 4096, 24, 16, use_mask_token=False, **image)
+    llama = sizes(4096, 11008, 32, 32)
+    if cfg.shrink:
+        siglip, dinov2, llama = shrunk(siglip), shrunk(dinov2), shrunk(llama)
+        siglip["image_size"] = dinov2["image_size"] = 28                # four image tokens
+    return DualVLM(DualConfig(vision_config=siglip, dinov2_config=dinov2, text_config=llama))
+
+
+def join(siglip: SiglipVisionModel, dinov2: Dinov2Model, llama: LlamaModel) -> DualVLM:
+    """DINOv2's position embeddings, learned at 518 pixels, are fitted to SigLIP's size once, not at
+    each step."""
+    embeddings, pixels = dinov2.embeddings, siglip.config.image_size
+    patches = (pixels // dinov2.config.patch_size) ** 2
+    image = torch.zeros(1, 1 + patches, dinov2.config.hidden_size)
+    fitted = embeddings.interpolate_pos_encoding(image, pixels, pixels)
+    embeddings.position_embeddings = nn.Parameter(fitted.detach().clone())
+    dinov2.config.image_size = pixels
+    config = DualConfig(vision_config=siglip.config, dinov2_config=dinov2.config,
+                        text_config=llama.config)
+    with torch.device("meta"):                                          # the parts follow
+        vlm = DualVLM(config)
+    vlm.vision_model = nn.ModuleDict({"siglip": siglip, "dinov2": dinov2})
+    vlm.connector, vlm.text_model = vlm.make_connector(), llama
+    return vlm
+
+
+TRUNKS = {"tiny": tiny, "dual-7b": dual_7b}         # a new one is a function; other names: SmolVLM2
+
+
+def load_trunk(cfg, stage2: str = "") -> tuple[Trunk, object]:
+    """--trunk and its tokenizer: tiny and --random-init are random; else weights that are absent
+    are an error. With a folder of vla.py it is the one that was trained."""
+    return TRUNKS.get(cfg.trunk, smolvlm2)(cfg, stage2)
+
+
+def pretrained(what: str, kind, name: str, **options):
+    """kind.from_pretrained of transformers; exits where weights are absent or do not fit."""
+    is_model = issubclass(kind, PreTrainedModel)
+    if is_model:
+        options |= dict(dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
+                        output_loading_info=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, trust_remote_code=False)
-        vlm, info = SmolVLMModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True,
-                                                 attn_implementation="sdpa",
-                                                 output_loading_info=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        fail(f"no pretrained SmolVLM2 at '{name}' ({str(error).splitlines()[0]}); give a Hugging "
+        if is_model:                            # else another family's is built at its full size
+            family = kind.config_class.model_type.split("_")[0]
+            its = kind.config_class.get_config_dict(name)[0].get("model_type", "")
+            if its.split("_")[0] != family:
+                raise ValueError(f"its config says '{its}', not '{family}'")
+        made = kind.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        fail(f"no pretrained {what} at '{name}' ({str(error).splitlines()[0]}); give a Hugging "
              f"Face name that this machine can reach, a folder with config, weights and tokenizer, "
              f"or 'tiny'")
+    if not is_model:
+        return made
+    model, info = made
     missing = sorted(info["missing_keys"])
     if missing:
-        fail(f"weights of '{name}' lack {len(missing)} tensors, the first is {missing[0]}")
-    vlm.text_model.layers = vlm.text_model.layers[:text_layers]
+        fail(f"weights of '{name}' lack {len(missing)} tensors of a {what}, the first is "
+             f"{missing[0]}")
+    return model
+
+
+def keep_layers(vlm, layers: int | None):
+    """The first layers of the language model; None: all."""
+    vlm.text_model.layers = vlm.text_model.layers[:layers]
     vlm.config.text_config.num_hidden_layers = len(vlm.text_model.layers)
-    return Trunk(vlm), tokenizer
+
+
+def sizes(width: int, mlp: int, layers: int, heads: int, pairs: int = 0, **more) -> dict:
+    """A transformer's sizes as configs name them; pairs: key-value heads, where these are fewer."""
+    if pairs:
+        more["num_key_value_heads"] = pairs
+    return dict(hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
+                num_attention_heads=heads, **more)
+
+
+def shrunk(sizes: dict) -> dict:
+    """A toy of the same shape: as many heads, but narrow and two layers deep."""
+    heads = sizes["num_attention_heads"]
+    return sizes | dict(hidden_size=8 * heads, intermediate_size=16 * heads, num_hidden_layers=2,
+                        head_dim=8)
+
+
+def byte_tokenizer(chat: tuple) -> ByT5Tokenizer:
+    """Needs no files. With the markers of a chat."""
+    tokenizer = ByT5Tokenizer()
+    tokenizer.add_tokens(markers(chat), special_tokens=True)
+    return tokenizer
+
+
+def markers(chat: tuple) -> list[str]:
+    return list(dict.fromkeys(re.findall(r"<[^<>]+>", "".join(chat))))
+
+
+def chat_ids(cfg, tokenizer, chat: tuple) -> list[list[int]]:
+    """Token ids of the three parts of a chat; with --plain-prompt none."""
+    if cfg.plain_prompt:
+        return [[], [], []]
+    unknown = [x for x in markers(chat)
+               if tokenizer.convert_tokens_to_ids(x) in (None, tokenizer.unk_token_id)]
+    if unknown:
+        fail(f"the tokenizer of '{cfg.trunk}' does not know {unknown[0]}, a marker of the chat "
+             f"that this trunk was trained on; --plain-prompt goes without")
+    return [tokenizer(part, add_special_tokens=False)["input_ids"] for part in chat]
 
 
 def file_sums(folder: Path) -> list[str]:

@@ -1,5 +1,5 @@
-"""Stage 2: latent pretraining. A SmolVLM2 trunk learns to predict the latent action from frame t
-and the instruction.
+"""Stage 2: latent pretraining. A vision-language trunk learns to predict the latent action from
+frame t and the instruction.
 
     python vla.py --laq-ckpt runs/laq/laq.pt2 --trunk tiny              # CPU, nothing downloaded
     torchrun --nproc_per_node=4 vla.py --laq-ckpt runs/laq/laq.pt2 --batch-size 256 \\
@@ -11,15 +11,22 @@ In: RLDS episodes through data_oxe.py (no actions), and laq.pt2, which labels ea
 Out, in OUT: stage2/ (trunk/ and tokenizer/ as transformers saves them, heads.safetensors,
 manifest.json `smolvla_shared.v1`), last.pt, metrics.jsonl.
 
-The head is a flow-matching model of the latent vectors given one readout token of the trunk
-(SmolVLA, arXiv 2506.01844; LAPA, 2410.11758). `accuracy` is that of the codes nearest to the
-expected latent, on held-out episodes, beside always answering with the most frequent code.
+The trunk reads a last token, <ACTION>, and what it makes of that is its readout, which stage 3 goes
+on with. --mode says what predicts latents from it:
+    latents     flow matching of the vectors (SmolVLA, arXiv 2506.01844)
+    head        logits of each position's codes (LAPA, 2410.11758)
+    codes       the language model itself: <ACTION> <ACT_7> <ACT_3> </ACTION>
+    actions     flow matching of true action chunks, of all video: the oracle
+    multitask   latents, and actions of the datasets that have any
+`accuracy` is that of the codes nearest to the prediction, on held-out episodes, beside always
+answering with the most frequent code.
 
 Letters: B batch, L text tokens, P image tokens, S latent tokens, K codes, D code width,
-R whitened width, W trunk width, N width of the flow's vector.
+R whitened width, W trunk width, N width of a target, V words of the tokenizer.
 """
 import base64
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -53,12 +60,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import AutoTokenizer, ByT5Tokenizer, SmolVLMConfig, SmolVLMModel
+from transformers import (AutoTokenizer, ByT5Tokenizer, Dinov2Config, Dinov2Model, LlamaConfig,
+                          LlamaModel, PreTrainedConfig, PreTrainedModel, SiglipVisionConfig,
+                          SiglipVisionModel, SmolVLMConfig, SmolVLMModel)
 from transformers import logging as transformers_logging
 
 import data_oxe
 
 transformers_logging.disable_progress_bar()
+
+
+Mode = Literal["latents", "head", "codes", "actions", "multitask"]      # see MODES
 
 
 @dataclass
@@ -67,16 +79,26 @@ class Config(data_oxe.DataConfig):
     overwrite: bool = False                 # start anew in an OUT that holds a run or its files
 
     # what is predicted
-    mode: Literal["latents", "actions"] = "latents"     # or the oracle: true actions of all video
+    mode: Mode = "latents"                  # above: what is predicted, and how
     laq_ckpt: str = "runs/laq/laq.pt2"      # laq.py's labeller; 'pooled', a control; '': none
     targets: Literal["vectors", "codes"] = "vectors"    # latents: unquantized, or of the codes
+    latent_chunk: int = 1                   # consecutive pairs whose latents are predicted at once
+    parallel_decode: bool = False           # --mode codes: all positions' codes in one pass
+    action_weight: float = 1.0              # --mode multitask: of the actions' loss
     null: Literal["", "permuted", "frame"] = ""     # control: other pairs' latents, or still pairs'
     chunk: int = 8                          # C, actions predicted at once
 
     # model
-    trunk: str = "tiny"                     # 'tiny' (random, 64 px), or a SmolVLM2 name or folder
-    text_layers: int = 16                   # of the language model that are kept, as in SmolVLA
+    trunk: str = "tiny"                     # 'tiny', 'dual-7b', or a SmolVLM2 name or folder
+    random_init: bool = False               # build --trunk with random weights, from its config
+    shrink: bool = False                    # with --random-init: a toy of the same shape
+    text_layers: int | None = None          # that are kept; None: 16 of SmolVLM2's, else all
+    plain_prompt: bool = False              # image and instruction alone, without the trunk's chat
     text_len: int = 32                      # instruction tokens; longer ones are cut
+    freeze: Literal["none", "vision", "trunk"] | None = None    # None: vision of dual-7b, else none
+    freeze_layers: int = 0                  # first layers of the language model that do not learn
+    lora_rank: int = 0                      # of LoRA, which then is all that learns there; 0: none
+    lora_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")    # that LoRA changes
     head_width: int = 256                   # hidden units of the head
     head_depth: int = 2                     # residual blocks of the flow-matching head
 
@@ -107,28 +129,172 @@ class Config(data_oxe.DataConfig):
 
 # ------------------------------------------------------------ model and loss
 class LatentPolicy(nn.Module):
-    """Trunk and a head that predicts a target: codes, vectors or actions.
+    """A mode: trunk, target and a head that a subclass adds.
 
-    forward(batch of to_inputs) -> losses by name; predict(batch) -> readout (B, W), the expected
-    target (B, N)
+    loss(batch of to_inputs) -> its parts by name, which main sums
+    predict(batch) -> readout (B, W), the expected target (B, N)
+    target(batch) -> target, weight (B, N); width: N
+    code_scores(prediction) -> (B, S, K), the higher the likelier a code; None without codes
     """
 
-    def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module):
+    def __init__(self, trunk: "Trunk", target: nn.Module):
         super().__init__()
-        self.trunk, self.target = trunk, target
-        self.head = FlowHead(target.width, trunk.width, cfg.head_width, cfg.head_depth, steps=1)
+        self.trunk, self.target, self.width = trunk, target, target.width
 
     def forward(self, batch: dict) -> dict:
+        return self.loss(batch)
+
+    def load_state_dict(self, state: dict, **options):
+        """Exits where a checkpoint is of other codes or latents than the labeller's."""
+        name, mine = next(self.target.named_buffers())
+        its = state.get(f"target.{name}", mine)
+        if its.shape != mine.shape:
+            fail(f"the checkpoint's {name} is {tuple(its.shape)}, --laq-ckpt gives "
+                 f"{tuple(mine.shape)}; go on with the labeller that the run began with")
+        return super().load_state_dict(state, **options)
+
+    def readout(self, batch: dict):
+        return self.trunk(batch["images"], batch["ids"], batch["mask"])             # (B, W)
+
+    def code_scores(self, prediction):
+        return self.target.scores(prediction)
+
+
+class Flow(LatentPolicy):
+    """Flow matching of the target, given the readout."""
+
+    def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module):
+        super().__init__(trunk, target)
+        self.head = FlowHead(self.width, trunk.width, cfg.head_width, cfg.head_depth, steps=1)
+
+    def loss(self, batch: dict) -> dict:
         target, weight = self.target(batch)                             # (B, N) each
-        readout = self.trunk(batch["images"], batch["ids"], batch["mask"])          # (B, W)
-        return {"flow": self.head.loss(target, readout, weight)}
+        return {"flow": self.head.loss(target, self.readout(batch), weight)}
 
     def predict(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a flow from noise to targets one Euler step gives their mean, wherever it starts: here
         as far out as the noise that the head has seen."""
-        readout = self.trunk(batch["images"], batch["ids"], batch["mask"])          # (B, W)
-        noise = torch.ones_like(readout[:, :1]).expand(-1, self.target.width)
+        readout = self.readout(batch)                                   # (B, W)
+        noise = torch.ones_like(readout[:, :1]).expand(-1, self.width)
         return readout, self.head.sample(readout, noise)
+
+
+class Head(LatentPolicy):
+    """LAPA's: logits of each position's codes, linear in the readout (2410.11758)."""
+
+    def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module):
+        super().__init__(trunk, target)
+        self.head = nn.Linear(trunk.width, self.width)
+
+    def loss(self, batch: dict) -> dict:
+        logits = self.logits(self.readout(batch))                       # (B, S, K)
+        return {"codes": F.cross_entropy(logits.flatten(0, 1), batch["codes"].flatten())}
+
+    def predict(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        readout = self.readout(batch)
+        return readout, self.logits(readout).softmax(-1).flatten(1)
+
+    def logits(self, readout):
+        return self.head(readout).float().unflatten(1, (self.target.S, self.target.K))
+
+
+class CodeTokens(LatentPolicy):
+    """Codes as language: after the prompt come <ACTION>, which is the readout, <ACT_i> for the code
+    i of each position, and </ACTION>. Cross-entropy of each next token among all that the tokenizer
+    knows; the prompt itself is not predicted.
+
+    With --parallel-decode S - 1 learned queries follow <ACTION>, and it and they predict a code
+    each at once. They too see only what stands before them: so <ACTION> reads as in finetune.py.
+    """
+
+    def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module):
+        super().__init__(trunk, target)
+        self.parallel = cfg.parallel_decode
+        tokens = 0.02 * torch.randn(target.K + 1, trunk.width)
+        self.tokens = nn.Parameter(tokens)                              # <ACT_0> ... </ACTION>
+        if self.parallel:
+            self.queries = nn.Parameter(0.02 * torch.randn(target.S - 1, trunk.width))
+
+    def loss(self, batch: dict) -> dict:
+        prompt, answer = self.prompt(batch), batch["codes"]             # (B, S)
+        if self.parallel:
+            hidden = self.ask(prompt)                                   # (B, S, W)
+        else:
+            hidden = self.trunk.read(*prompt, self.tokens[answer])      # (B, S + 1, W)
+            answer = F.pad(answer, (0, 1), value=self.target.K)         # (B, S + 1)
+        words = self.trunk.vlm.text_model.get_input_embeddings().weight             # (V, W)
+        known = F.linear(hidden, words), F.linear(hidden, self.tokens)  # output as the input layer
+        logits = torch.cat(known, -1).float().flatten(0, 1)             # (B * (S + 1), V + K + 1)
+        return {"codes": F.cross_entropy(logits, len(words) + answer.flatten())}
+
+    def predict(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """The grammar is <ACTION>, S times <ACT_i>, </ACTION>: at the codes' places only <ACT_i>
+        count. One after the other each is given the likeliest before it."""
+        prompt, S = self.prompt(batch), self.target.S
+        if self.parallel:
+            hidden = self.ask(prompt)
+            return hidden[:, 0], self.codes(hidden).flatten(1)
+        said, codes = self.tokens[:0].expand(len(batch["ids"]), -1, -1), []         # (B, 0, W)
+        for _ in range(S):
+            hidden = self.trunk.read(*prompt, said)
+            codes.append(self.codes(hidden[:, -1]))                     # (B, K)
+            likeliest = self.tokens[codes[-1].argmax(-1)]               # (B, W)
+            said = torch.cat([said, likeliest[:, None]], 1)
+        return hidden[:, 0], torch.cat(codes, 1)
+
+    def prompt(self, batch: dict):
+        return self.trunk.prompt(batch["images"], batch["ids"], batch["mask"])
+
+    def ask(self, prompt):
+        return self.trunk.read(*prompt, self.queries.expand(len(prompt[0]), -1, -1))
+
+    def codes(self, hidden):
+        """(..., W) -> probabilities (..., K) by the grammar."""
+        return F.linear(hidden, self.tokens[:-1]).float().softmax(-1)
+
+
+class Multitask(Flow):
+    """Latents of all samples and, of those that have any, true action chunks, by a flow each."""
+
+    def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module, actions: nn.Module):
+        super().__init__(cfg, trunk, target)
+        self.actions, self.action_weight = actions, cfg.action_weight
+        self.action_head = FlowHead(actions.width, trunk.width, cfg.head_width, cfg.head_depth,
+                                    steps=1)
+
+    def loss(self, batch: dict) -> dict:
+        """Each part is the mean over the samples of this forward pass that have it."""
+        target, weight = self.target(batch)
+        readout = self.readout(batch)
+        chunk, counts = self.actions(batch)
+        labelled = batch["has_action"].float()                          # (B,)
+        action = self.action_head.loss(chunk, readout, counts * labelled[:, None])
+        share = labelled.mean().clamp(min=1 / len(labelled))
+        return {"flow": self.head.loss(target, readout, weight),
+                "actions": self.action_weight * action / share}
+
+
+# a new one is a class that keeps to LatentPolicy
+MODES = {"latents": Flow, "head": Head, "codes": CodeTokens, "actions": Flow,
+         "multitask": Multitask}
+
+
+class OneHot(nn.Module):
+    """Target: a pair's codes themselves. batch -> target (B, N), weight (B, N)"""
+
+    def __init__(self, codebook: torch.Tensor):
+        super().__init__()
+        self.register_buffer("codebook", codebook)                      # (S, K, D)
+        self.S, self.K = codebook.shape[:2]
+        self.width = self.S * self.K                                    # N
+
+    def forward(self, batch: dict):
+        target = F.one_hot(batch["codes"], self.K).flatten(1).float()
+        return target, torch.ones_like(target)
+
+    def scores(self, prediction):
+        """(B, N) -> (B, S, K)"""
+        return prediction.unflatten(1, (self.S, self.K))
 
 
 class Codes(nn.Module):
@@ -146,10 +312,10 @@ class Codes(nn.Module):
         target = self.latents[token, batch["codes"]].flatten(1)
         return target, torch.ones_like(target)
 
-    def nearest(self, prediction):
-        """(B, N) -> codes int64 (B, S)"""
+    def scores(self, prediction):
+        """(B, N) -> (B, S, K): how near each code is."""
         latent = prediction.view(-1, self.S, 1, self.R)
-        return (latent - self.latents).square().sum(-1).argmin(-1)
+        return -(latent - self.latents).square().sum(-1)
 
 
 class Vectors(nn.Module):
@@ -157,8 +323,9 @@ class Vectors(nn.Module):
     variance. A few directions hold most of a latent's variance, and what moves most need not be
     the robot."""
 
-    def __init__(self, latents: torch.Tensor, width: int = 16):
-        """latents (M, S*D): a sample."""
+    def __init__(self, latents: torch.Tensor, codebook: torch.Tensor | None = None,
+                 width: int = 16):
+        """latents (M, S*D): a sample. codebook (S, K, D): of the labeller, if it has one."""
         super().__init__()
         center = latents.mean(0)
         _, scale, basis = torch.linalg.svd(latents - center, full_matrices=False)
@@ -167,12 +334,21 @@ class Vectors(nn.Module):
         self.width = basis.shape[1]
         self.register_buffer("center", center)
         self.register_buffer("basis", basis)
+        self.register_buffer("codebook", codebook)
 
     def forward(self, batch: dict):
         latents = batch["latents"].flatten(1)
         with torch.autocast(latents.device.type, enabled=False):        # as exact as the labels
             target = (latents - self.center) @ self.basis
         return target, torch.ones_like(target)
+
+    def scores(self, prediction):
+        """(B, N) -> (B, S, K): how near each code is to the latents that are meant."""
+        if self.codebook is None:
+            return None
+        latents = self.center + prediction @ torch.linalg.pinv(self.basis)          # (B, S*D)
+        S, _, D = self.codebook.shape
+        return -(latents.view(-1, S, 1, D) - self.codebook).square().sum(-1)
 
 
 class Actions(nn.Module):
@@ -189,6 +365,9 @@ class Actions(nn.Module):
         target = (batch["actions"] - offset) / scale                    # (B, C, A)
         weight = batch["action_mask"][..., None].expand_as(target).float()
         return target.flatten(1), weight.flatten(1)
+
+    def scores(self, prediction):
+        """There are no codes."""
 
 
 def whiten(codebook: torch.Tensor) -> torch.Tensor:
@@ -237,34 +416,60 @@ def normalization(x: np.ndarray, how: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Trunk(nn.Module):
-    """SmolVLM without its language-model output: images, instruction -> one readout vector.
+    """A vision-language model without its output layer: images, instruction -> a readout vector.
 
-    images uint8 (B, H, W, 3), ids int64 (B, L), mask int64 (B, L) -> (B, W). The vision tower, the
-    connector and the language model are called one by one: the usual forward drops all-black
-    images as padding.
+    images uint8 (B, H, W, 3), ids int64 (B, L), mask int64 (B, L) -> (B, W). The language model
+    reads `before`, the image, `between`, the instruction, `after`, and then an extra token,
+    <ACTION>, which sees all others and is the readout. The three are token ids of the chat that the
+    model was trained on. Without a chat padding takes positions: so `tiny` was measured.
+
+    Pictures come as squares, as SmolVLM's processor makes them of any. The vision tower, the
+    connector and the language model are called one by one: SmolVLM's forward drops all-black images
+    as padding.
     """
 
-    def __init__(self, vlm: SmolVLMModel):
+    def __init__(self, vlm, before=(), between=(), after=()):
         super().__init__()
         self.vlm = vlm
         self.width = vlm.config.text_config.hidden_size
         self.image_size = vlm.config.vision_config.image_size
+        for name, ids in {"before": before, "between": between, "after": after}.items():
+            ids = torch.tensor(ids, dtype=torch.int64)
+            self.register_buffer(name, ids, persistent=False)           # the tokenizer holds them
         readout = 0.02 * torch.randn(self.width)
         self.readout = nn.Parameter(readout)                # an extra last token sees the others
 
     def forward(self, images, ids, mask):
-        B, text_model = images.shape[0], self.vlm.text_model    # len() would fix B in an export
+        return self.read(*self.prompt(images, ids, mask))[:, 0]                     # (B, W)
+
+    def prompt(self, images, ids, mask):
+        """-> embeddings (B, T, W) up to the readout, which of them count (B, T)"""
         image = self.vlm.connector(self.see(images))                                # (B, P, W)
-        text = text_model.get_input_embeddings()(ids)                               # (B, L, W)
+        B, P = image.shape[:2]                                  # len() would fix B in an export
+        before, between, after = (x.expand(B, -1) for x in (self.before, self.between, self.after))
+        words = torch.cat([before, between, ids, after], 1)
+        text = self.vlm.text_model.get_input_embeddings()(words)                    # (B, L, W)
         readout = self.readout.expand(B, 1, -1).to(text.dtype)
-        tokens = torch.cat([image, text, readout], 1)                               # (B, T, W)
-        seen = torch.cat([mask.new_ones(B, image.shape[1]), mask, mask.new_ones(B, 1)], 1)
+        n = len(self.before)
+        tokens = torch.cat([text[:, :n], image, text[:, n:], readout], 1)           # (B, T, W)
+        always = mask.new_ones(B, n + P + len(self.between))
+        return tokens, torch.cat([always, mask, mask.new_ones(B, len(self.after) + 1)], 1)
+
+    def read(self, tokens, seen, more=None):
+        """What prompt gives, and embeddings that follow the readout, (B, E, W) -> hidden states of
+        the readout and of these, (B, 1 + E, W)"""
+        last = tokens.shape[1] - 1
+        if more is not None:
+            tokens = torch.cat([tokens, more.to(tokens.dtype)], 1)                  # (B, T, W)
+            seen = F.pad(seen, (0, more.shape[1]), value=1)
+        positions = seen.cumsum(1) - 1 if len(self.before) else None
         T = tokens.shape[1]
-        causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
+        causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
         seen = causal & seen.bool()[:, None, None]          # (B, 1, T, T), taken as it is; of a
         # (B, T) mask transformers asks the GPU whether it is all ones
-        hidden = text_model(inputs_embeds=tokens, attention_mask=seen, use_cache=False)
-        return hidden.last_hidden_state[:, -1].float()                              # (B, W)
+        hidden = self.vlm.text_model(inputs_embeds=tokens, attention_mask=seen,
+                                     position_ids=positions, use_cache=False)
+        return hidden.last_hidden_state[:, last:].float()
 
     def see(self, images):
         """Features of all patches, (B, patches, vision width). The vision tower's own forward asks
@@ -362,19 +567,31 @@ class Tokens:
 @torch.no_grad()
 def to_inputs(batch: dict, cfg: Config, labeller, trunk: Trunk, tokens, device) -> dict:
     """The loader's batch on the device -> images, ids, mask, and what the target is made of."""
-    frames = batch["frames"]                                            # (B, 2, H, H, 3)
+    frames = batch["frames"]                                            # (B, 1 + n, H, H, 3)
     ids, mask = tokens(batch["instruction"], device)
     inputs = {"images": data_oxe.resize_to(frames[:, 0], trunk.image_size), "ids": ids,
               "mask": mask}
+    if cfg.mode in ("actions", "multitask"):
+        inputs |= {k: batch[k] for k in ("actions", "action_mask", "has_action", "dataset")}
     if cfg.mode == "actions":
-        return inputs | {k: batch[k] for k in ("actions", "action_mask", "dataset")}
+        return inputs
     if cfg.null == "frame":
-        frames = torch.stack([frames[:, 0], frames[:, 0]], 1)
-    codes, latents = labeller(frames)                                   # (B, S), (B, S, D)
-    target = {"codes": codes} if cfg.targets == "codes" else {"latents": latents}
-    if cfg.null == "permuted":
-        target = {name: x.roll(1, 0) for name, x in target.items()}     # of the batch's pairs
-    return inputs | target
+        frames = frames[:, :1].expand_as(frames)
+    codes, latents = label_pairs(labeller, frames)
+    if cfg.null == "permuted":                                          # of the batch's pairs
+        codes, latents = (x if x is None else x.roll(1, 0) for x in (codes, latents))
+    target = {"codes": codes, "latents": latents}                       # 'pooled' has no codes
+    return inputs | {name: x for name, x in target.items() if x is not None}
+
+
+@torch.no_grad()
+def label_pairs(labeller, frames) -> tuple:
+    """Frames (B, 1 + n, H, H, 3), n = --latent-chunk -> codes (B, S), latents (B, S, D) of all
+    consecutive pairs: S counts the labeller's tokens of each."""
+    pairs = torch.stack([frames[:, :-1], frames[:, 1:]], 2)             # (B, n, 2, H, H, 3)
+    codes, latents = labeller(pairs.flatten(0, 1))
+    latents = latents.reshape(len(frames), -1, latents.shape[-1])
+    return codes if codes is None else codes.reshape(len(frames), -1), latents
 
 
 @torch.no_grad()
@@ -388,13 +605,13 @@ def collect(model: LatentPolicy, cfg: Config, loader, inputs_of) -> dict:
         torch.manual_seed(i)
         device = next(model.parameters()).device
         inputs = inputs_of(data_oxe.to_device(batch, device, loader.image_size))
-        target, weight = model.target(inputs)
+        target, _ = model.target(inputs)
         readout, prediction = model.predict(inputs)
-        loss = model.head.loss(target, readout, weight)
+        loss, scores = sum(model.loss(inputs).values()), model.code_scores(prediction)
         row = {"readout": readout, "prediction": prediction, "target": target,
                "loss": loss.expand(len(target))}
-        if "codes" in inputs:
-            row |= {"codes": inputs["codes"], "nearest": model.target.nearest(prediction)}
+        if scores is not None:
+            row |= {"codes": inputs["codes"], "nearest": scores.argmax(-1)}
         row = {name: value.cpu().numpy() for name, value in row.items()}
         whole = batch["has_action"] & batch["action_mask"].all(1)
         row |= {"actions": batch["actions"].reshape(len(whole), -1), "whole": whole,
@@ -533,22 +750,23 @@ def main(cfg: Config) -> int:
     rank, world, device = setup(cfg)
     local = cfg.batch_size // world                                     # samples a process
     micro = cfg.micro_batch or local                                    # samples a forward pass
-    labeller = load_labeller(cfg.laq_ckpt, device) if cfg.mode == "latents" else PooledDifference()
-    trunk, tokenizer = load_trunk(cfg.trunk, cfg.text_layers)
+    labeller = load_labeller(cfg.laq_ckpt if cfg.mode != "actions" else "pooled", device)
+    trunk, tokenizer = load_trunk(cfg)
+    freeze(trunk, cfg)
     inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
                         tokens=Tokens(tokenizer, cfg.text_len), device=device)
     load = partial(data_oxe.Loader, image_size=max(labeller.image_size, trunk.image_size),
-                   horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk)
+                   horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk,
+                   consecutive=cfg.latent_chunk)
     loader = load(cfg, "train", local, seed=cfg.seed, rank=rank, world=world)
     loaders = evaluation_loaders(cfg, load)
     labeller.check(cfg, loader)
 
-    target = make_target(cfg, labeller, loaders["many"], device)
-    model = LatentPolicy(cfg, trunk, target).to(device)
+    model = make_model(cfg, trunk, labeller, loaders["many"], device)
     optimizer = make_optimizer(cfg, model)
-    made_of = next(target.buffers()).clone()                # codebook, mean latent, or mean action
+    made_of = next(model.target.buffers()).clone()          # codebook, mean latent, or mean action
     start = load_checkpoint(cfg, model, optimizer, loader, rank, world) if cfg.resume else 0
-    if not torch.allclose(next(target.buffers()), made_of, atol=1e-4):
+    if not torch.allclose(next(model.target.buffers()), made_of, atol=1e-4):
         fail(f"--resume '{cfg.resume}' was trained on another labeller than '{cfg.laq_ckpt}'")
     if cfg.export_only:
         if rank == 0:
@@ -557,7 +775,7 @@ def main(cfg: Config) -> int:
     train = DDP(model, forward_sync_buffers=False) if world > 1 else model
     train = torch.compile(train) if cfg.compile else train
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    flops = flops_a_sample(model, cfg, device)
+    flops = flops_a_sample(model, loaders["val"], inputs_of, device)
     log = Logger(cfg, rank, world, start, flops, device)
     log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
     save = Saver(cfg, model, optimizer, loader)
@@ -604,13 +822,25 @@ def main(cfg: Config) -> int:
 def check(cfg: Config):
     """Fills in learning rate and warm-up: a large trunk wants a tenth of tiny's rate. Exits where
     settings do not go together."""
-    if cfg.mode == "latents" and not cfg.laq_ckpt:
-        fail("--mode latents needs --laq-ckpt, the laq.pt2 of laq.py")
-    if cfg.laq_ckpt == "pooled" and cfg.targets == "codes" and cfg.mode == "latents":
+    if cfg.mode != "actions" and not cfg.laq_ckpt:
+        fail(f"--mode {cfg.mode} needs --laq-ckpt, the laq.pt2 of laq.py")
+    if cfg.laq_ckpt == "pooled" and cfg.mode in ("head", "codes"):
+        fail(f"--laq-ckpt pooled has no codes, which --mode {cfg.mode} predicts; give the laq.pt2 "
+             f"of laq.py")
+    if cfg.laq_ckpt == "pooled" and cfg.targets == "codes" and cfg.mode != "actions":
         fail("--laq-ckpt pooled has no codes; give --targets vectors")
+    if cfg.latent_chunk < 1 or cfg.latent_chunk > 1 and cfg.mode == "actions":
+        fail(f"--latent-chunk {cfg.latent_chunk} is a number of frame pairs whose latents are "
+             f"predicted; --mode {cfg.mode} needs 1")
+    if cfg.parallel_decode and cfg.mode != "codes":
+        fail(f"--parallel-decode is a way to predict --mode codes, this is --mode {cfg.mode}")
     if cfg.mode == "actions" and cfg.null:
         fail(f"--null {cfg.null} is a control of latents; --mode actions has none")
+    if cfg.shrink and not cfg.random_init:
+        fail("--shrink makes a toy of the trunk, which can only be random; give --random-init too")
     tiny = cfg.trunk == "tiny"
+    if cfg.freeze is None:
+        cfg.freeze = "vision" if cfg.trunk == "dual-7b" else "none"
     if cfg.lr is None:
         cfg.lr = 1e-3 if tiny else 1e-4
     if cfg.warmup_steps is None:
@@ -628,20 +858,66 @@ def evaluation_loaders(cfg, load) -> dict:
     return loaders
 
 
+def freeze(trunk: Trunk, cfg: Config):
+    """Leaves to learn what --freeze, --freeze-layers and --lora-rank say; the readout always."""
+    vlm = trunk.vlm
+    layers = vlm.text_model.layers
+    if not 0 <= cfg.freeze_layers <= len(layers):
+        fail(f"--freeze-layers {cfg.freeze_layers}: the language model of '{cfg.trunk}' has "
+             f"{len(layers)} layers")
+    parts = {"none": [], "vision": [vlm.vision_model], "trunk": [vlm]}[cfg.freeze]
+    for part in [*parts, *layers[:cfg.freeze_layers]]:
+        part.requires_grad_(False)
+    if cfg.lora_rank:
+        vlm.text_model = with_lora(vlm.text_model, cfg)
+
+
+def with_lora(text_model: nn.Module, cfg: Config) -> nn.Module:
+    """Low-rank changes of frozen matrices (2106.09685), in all layers."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        fail("--lora-rank needs peft: pip install peft")
+    linear = {name.rpartition(".")[2] for name, module in text_model.named_modules()
+              if isinstance(module, nn.Linear)}
+    for name in cfg.lora_modules:
+        if name not in linear:
+            fail(f"--lora-modules {name}: the language model of '{cfg.trunk}' has no such matrix, "
+                 f"only {', '.join(sorted(linear))}")
+    return get_peft_model(text_model, LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank,
+                                                 target_modules=[*cfg.lora_modules]))
+
+
+def make_model(cfg: Config, trunk: Trunk, labeller, loader, device) -> LatentPolicy:
+    target = make_target(cfg, labeller, loader, device)
+    if cfg.mode != "multitask":
+        return MODES[cfg.mode](cfg, trunk, target).to(device)
+    if not any(plan.entry.action for plan in loader.plans):
+        fail(f"--mode multitask learns the actions of labelled episodes, but no dataset of --mix "
+             f"'{cfg.mix}' has any; give --mode latents")
+    actions = Actions(statistics(loader, "meanstd"), cfg.chunk)
+    return Multitask(cfg, trunk, target, actions).to(device)
+
+
 @torch.no_grad()
 def make_target(cfg: Config, labeller, loader, device) -> nn.Module:
     """What --mode and --targets name, with the units of the loader's first batches."""
     if cfg.mode == "actions":
         check_widths(loader)
         return Actions(statistics(loader, "meanstd"), cfg.chunk)
+    codebook = labeller.codebook                                        # (S, K, D)
+    if codebook is not None:                                            # 'pooled' has none
+        codebook = codebook.repeat(cfg.latent_chunk, 1, 1)              # for each pair the same
+    if cfg.mode in ("head", "codes"):
+        return OneHot(codebook)
     if cfg.targets == "codes":
-        return Codes(labeller.codebook)
+        return Codes(codebook)
     size = loader.image_size
     frames = (data_oxe.to_device(b, device, size)["frames"] for b in loader.peek(cfg.eval_batches))
-    latents = torch.cat([labeller(x)[1].flatten(1) for x in frames])
+    latents = torch.cat([label_pairs(labeller, x)[1].flatten(1) for x in frames])
     if (latents == latents[0]).all():
         fail("the labeller gives all pairs the same latents, of which nothing can be learned")
-    return Vectors(latents)
+    return Vectors(latents, codebook, width=16 * cfg.latent_chunk)
 
 
 def check_widths(loader):
@@ -651,15 +927,11 @@ def check_widths(loader):
         fail(f"a policy learns actions of one width from all of --mix, but these are {widths} wide")
 
 
-def flops_a_sample(model: LatentPolicy, cfg: Config, device) -> int:
+def flops_a_sample(model: LatentPolicy, loader, inputs_of, device) -> int:
     """Of forward and backward, without the labeller's."""
-    side, words = model.trunk.image_size, (2, cfg.text_len)
-    with torch.device(device):
-        images = torch.zeros(2, side, side, 3, dtype=torch.uint8)
-        ids, mask = torch.ones((2, *words), dtype=torch.int64)
-        target = torch.zeros(2, model.target.width)
-    return flops_of(model, lambda: {
-        "flow": model.head.loss(target, model.trunk(images, ids, mask), target + 1)}) // 2
+    batch = data_oxe.to_device(next(loader.peek(1)), device, loader.image_size)
+    two = {name: x[:2] for name, x in inputs_of(batch).items()}
+    return flops_of(model, lambda: model(two)) // 2
 
 
 # ------------------------------------------------------------ hand-over files
@@ -853,26 +1125,242 @@ def tiny_config() -> SmolVLMConfig:
     return SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=2, image_token_id=383)
 
 
-def load_trunk(name: str, text_layers: int, tokenizer: str = "") -> tuple[Trunk, object]:
-    """'tiny' built from a config, or pretrained weights by name or folder; absent weights are an
-    error, never random. -> trunk, tokenizer"""
-    if name == "tiny":
+def tiny(cfg, stage2: str) -> tuple[Trunk, object]:
+    """Random, and so without a chat that it knows."""
+    if not stage2:
         return Trunk(SmolVLMModel(tiny_config())), ByT5Tokenizer()
+    vlm = pretrained("SmolVLM2", SmolVLMModel, f"{stage2}/trunk")
+    return Trunk(vlm), pretrained("tokenizer", AutoTokenizer, f"{stage2}/tokenizer")
+
+
+# What --random-init builds without a network, from the configs of these names. Of vision and text:
+# width, MLP, layers, heads (and key-value heads); then pixels, patch, and side of a pixel shuffle.
+SMOLVLM2 = {
+    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct":
+        ((768, 3072, 12, 12), (576, 1536, 30, 9, 3), 512, 16, 4),
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct":
+        ((768, 3072, 12, 12), (960, 2560, 32, 15, 5), 512, 16, 4),
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct":
+        ((1152, 4304, 27, 16), (2048, 8192, 24, 32, 32), 384, 14, 3)}
+# the chat before an image, between it and the instruction, and after, as SmolVLM's processor lays
+# it out for one picture
+SMOLVLM2_CHAT = ("<|im_start|>User:<fake_token_around_image><global-img>",
+                 "<fake_token_around_image>", "<end_of_utterance>\nAssistant:")
+
+
+def smolvlm2(cfg, stage2: str) -> tuple[Trunk, object]:
+    """--trunk by its Hugging Face name or from a folder."""
+    if stage2:
+        vlm = pretrained("SmolVLM2", SmolVLMModel, f"{stage2}/trunk")
+        tokenizer = pretrained("tokenizer", AutoTokenizer, f"{stage2}/tokenizer")
+    elif cfg.random_init:
+        vlm, tokenizer = random_smolvlm2(cfg)
+    else:
+        vlm = pretrained("SmolVLM2", SmolVLMModel, cfg.trunk)
+        tokenizer = pretrained("tokenizer", AutoTokenizer, cfg.trunk)
+    keep_layers(vlm, cfg.text_layers or 16)
+    return Trunk(vlm, *chat_ids(cfg, tokenizer, SMOLVLM2_CHAT)), tokenizer
+
+
+def random_smolvlm2(cfg) -> tuple[SmolVLMModel, object]:
+    if cfg.trunk in SMOLVLM2:
+        vision, text, pixels, patch, shuffle = SMOLVLM2[cfg.trunk]
+        vision = sizes(*vision, image_size=pixels, patch_size=patch)
+        text = sizes(*text, vocab_size=49280, model_type="llama")
+        tokenizer = byte_tokenizer(SMOLVLM2_CHAT)
+    else:
+        config = pretrained("SmolVLM2", SmolVLMConfig, cfg.trunk)
+        vision, text = config.vision_config.to_dict(), config.text_config.to_dict()
+        shuffle = config.scale_factor
+        tokenizer = pretrained("tokenizer", AutoTokenizer, cfg.trunk)
+    if cfg.shrink:
+        vision, text = shrunk(vision), shrunk(text)
+        vision["image_size"] = 2 * vision["patch_size"] * shuffle       # four image tokens
+    config = SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=shuffle)
+    return SmolVLMModel(config), tokenizer
+
+
+class DualConfig(PreTrainedConfig):
+    model_type = "dual"
+    sub_configs_defaults = {"vision_config": SiglipVisionConfig, "dinov2_config": Dinov2Config,
+                            "text_config": LlamaConfig}
+    vision_config: dict | PreTrainedConfig | None = None
+    dinov2_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+
+
+class DualVLM(PreTrainedModel):
+    """Two vision towers, whose features of a patch go side by side into a language model, as in
+    Prismatic VLMs (2402.07865) and OpenVLA (2406.09246)."""
+
+    config_class = DualConfig
+    _supports_sdpa = True
+
+    def __init__(self, config: DualConfig):
+        super().__init__(config)
+        self.vision_model = nn.ModuleDict({"siglip": SiglipVisionModel(config.vision_config),
+                                           "dinov2": Dinov2Model(config.dinov2_config)})
+        self.connector = self.make_connector()
+        self.text_model = LlamaModel(config.text_config)
+        self.post_init()
+
+    def make_connector(self) -> nn.Module:
+        both = self.config.vision_config.hidden_size + self.config.dinov2_config.hidden_size
+        width = self.config.text_config.hidden_size
+        return nn.Sequential(nn.LayerNorm(both), nn.Linear(both, width), nn.GELU(),
+                             nn.Linear(width, width), nn.LayerNorm(width))
+
+    def get_input_embeddings(self):
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.text_model.set_input_embeddings(value)
+
+
+class DualTrunk(Trunk):
+    """Trunk on a DualVLM: each tower gets pictures in its own mean and deviation."""
+
+    def __init__(self, vlm: DualVLM, *chat):
+        super().__init__(vlm, *chat)
+        mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's: DINOv2
+        for name, values in {"mean": mean, "deviation": deviation}.items():
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+
+    def see(self, images):
+        """Features of all patches, (B, patches, widths of both towers): their grids are equal."""
+        towers, x = self.vlm.vision_model, images.permute(0, 3, 1, 2).float() / 255
+        siglip = towers["siglip"](2 * x - 1).last_hidden_state
+        dinov2 = towers["dinov2"]((x - self.mean) / self.deviation).last_hidden_state
+        return torch.cat([siglip, dinov2[:, 1:]], -1)                   # without the class token
+
+
+DUAL = ("google/siglip-so400m-patch14-224", "facebook/dinov2-large", "meta-llama/Llama-2-7b-hf")
+DUAL_CHAT = "<s>", "", ""                                               # Llama 2 as such has none
+
+
+def dual_7b(cfg, stage2: str) -> tuple[Trunk, object]:
+    """Pictures of 224 pixels: 16 x 16 patches of 14 for either tower."""
+    if stage2:
+        vlm = pretrained("dual trunk", DualVLM, f"{stage2}/trunk")
+        tokenizer = pretrained("tokenizer", AutoTokenizer, f"{stage2}/tokenizer")
+    elif cfg.random_init:
+        vlm, tokenizer = random_dual(cfg), byte_tokenizer(DUAL_CHAT)
+    else:
+        vlm = join(pretrained("SigLIP", SiglipVisionModel, DUAL[0], vision_use_head=False),
+                   pretrained("DINOv2", Dinov2Model, DUAL[1], use_mask_token=False),
+                   pretrained("Llama", LlamaModel, DUAL[2]))
+        tokenizer = pretrained("tokenizer", AutoTokenizer, DUAL[2], add_bos_token=False)
+    keep_layers(vlm, cfg.text_layers)
+    return DualTrunk(vlm, *chat_ids(cfg, tokenizer, DUAL_CHAT)), tokenizer
+
+
+def random_dual(cfg) -> DualVLM:
+    image = dict(image_size=224, patch_size=14)
+    siglip = sizes(1152, 4304, 27, 16, vision_use_head=False, **image)
+    dinov2 = sizes(1024, 4096, 24, 16, use_mask_token=False, **image)
+    llama = sizes(4096, 11008, 32, 32)
+    if cfg.shrink:
+        siglip, dinov2, llama = shrunk(siglip), shrunk(dinov2), shrunk(llama)
+        siglip["image_size"] = dinov2["image_size"] = 28                # four image tokens
+    return DualVLM(DualConfig(vision_config=siglip, dinov2_config=dinov2, text_config=llama))
+
+
+def join(siglip: SiglipVisionModel, dinov2: Dinov2Model, llama: LlamaModel) -> DualVLM:
+    """DINOv2's position embeddings, learned at 518 pixels, are fitted to SigLIP's size once, not at
+    each step."""
+    embeddings, pixels = dinov2.embeddings, siglip.config.image_size
+    patches = (pixels // dinov2.config.patch_size) ** 2
+    image = torch.zeros(1, 1 + patches, dinov2.config.hidden_size)
+    fitted = embeddings.interpolate_pos_encoding(image, pixels, pixels)
+    embeddings.position_embeddings = nn.Parameter(fitted.detach().clone())
+    dinov2.config.image_size = pixels
+    config = DualConfig(vision_config=siglip.config, dinov2_config=dinov2.config,
+                        text_config=llama.config)
+    with torch.device("meta"):                                          # the parts follow
+        vlm = DualVLM(config)
+    vlm.vision_model = nn.ModuleDict({"siglip": siglip, "dinov2": dinov2})
+    vlm.connector, vlm.text_model = vlm.make_connector(), llama
+    return vlm
+
+
+TRUNKS = {"tiny": tiny, "dual-7b": dual_7b}         # a new one is a function; other names: SmolVLM2
+
+
+def load_trunk(cfg, stage2: str = "") -> tuple[Trunk, object]:
+    """--trunk and its tokenizer: tiny and --random-init are random; else weights that are absent
+    are an error. With a folder of vla.py it is the one that was trained."""
+    return TRUNKS.get(cfg.trunk, smolvlm2)(cfg, stage2)
+
+
+def pretrained(what: str, kind, name: str, **options):
+    """kind.from_pretrained of transformers; exits where weights are absent or do not fit."""
+    is_model = issubclass(kind, PreTrainedModel)
+    if is_model:
+        options |= dict(dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
+                        output_loading_info=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, trust_remote_code=False)
-        vlm, info = SmolVLMModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True,
-                                                 attn_implementation="sdpa",
-                                                 output_loading_info=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        fail(f"no pretrained SmolVLM2 at '{name}' ({str(error).splitlines()[0]}); give a Hugging "
+        if is_model:                            # else another family's is built at its full size
+            family = kind.config_class.model_type.split("_")[0]
+            its = kind.config_class.get_config_dict(name)[0].get("model_type", "")
+            if its.split("_")[0] != family:
+                raise ValueError(f"its config says '{its}', not '{family}'")
+        made = kind.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        fail(f"no pretrained {what} at '{name}' ({str(error).splitlines()[0]}); give a Hugging "
              f"Face name that this machine can reach, a folder with config, weights and tokenizer, "
              f"or 'tiny'")
+    if not is_model:
+        return made
+    model, info = made
     missing = sorted(info["missing_keys"])
     if missing:
-        fail(f"weights of '{name}' lack {len(missing)} tensors, the first is {missing[0]}")
-    vlm.text_model.layers = vlm.text_model.layers[:text_layers]
+        fail(f"weights of '{name}' lack {len(missing)} tensors of a {what}, the first is "
+             f"{missing[0]}")
+    return model
+
+
+def keep_layers(vlm, layers: int | None):
+    """The first layers of the language model; None: all."""
+    vlm.text_model.layers = vlm.text_model.layers[:layers]
     vlm.config.text_config.num_hidden_layers = len(vlm.text_model.layers)
-    return Trunk(vlm), tokenizer
+
+
+def sizes(width: int, mlp: int, layers: int, heads: int, pairs: int = 0, **more) -> dict:
+    """A transformer's sizes as configs name them; pairs: key-value heads, where these are fewer."""
+    if pairs:
+        more["num_key_value_heads"] = pairs
+    return dict(hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
+                num_attention_heads=heads, **more)
+
+
+def shrunk(sizes: dict) -> dict:
+    """A toy of the same shape: as many heads, but narrow and two layers deep."""
+    heads = sizes["num_attention_heads"]
+    return sizes | dict(hidden_size=8 * heads, intermediate_size=16 * heads, num_hidden_layers=2,
+                        head_dim=8)
+
+
+def byte_tokenizer(chat: tuple) -> ByT5Tokenizer:
+    """Needs no files. With the markers of a chat."""
+    tokenizer = ByT5Tokenizer()
+    tokenizer.add_tokens(markers(chat), special_tokens=True)
+    return tokenizer
+
+
+def markers(chat: tuple) -> list[str]:
+    return list(dict.fromkeys(re.findall(r"<[^<>]+>", "".join(chat))))
+
+
+def chat_ids(cfg, tokenizer, chat: tuple) -> list[list[int]]:
+    """Token ids of the three parts of a chat; with --plain-prompt none."""
+    if cfg.plain_prompt:
+        return [[], [], []]
+    unknown = [x for x in markers(chat)
+               if tokenizer.convert_tokens_to_ids(x) in (None, tokenizer.unk_token_id)]
+    if unknown:
+        fail(f"the tokenizer of '{cfg.trunk}' does not know {unknown[0]}, a marker of the chat "
+             f"that this trunk was trained on; --plain-prompt goes without")
+    return [tokenizer(part, add_special_tokens=False)["input_ids"] for part in chat]
 
 
 def file_sums(folder: Path) -> list[str]:
@@ -902,7 +1390,12 @@ def export(model: LatentPolicy, cfg: Config, step: int, tokenizer, labeller: dic
     """OUT/stage2: trunk and tokenizer as transformers saves them, readout and head, manifest."""
     folder = Path(cfg.out) / ".stage2.partial"
     shutil.rmtree(folder, ignore_errors=True)
-    model.trunk.vlm.save_pretrained(folder / "trunk")
+    vlm, tokenizer = copy.deepcopy((model.trunk.vlm, tokenizer))
+    if cfg.lora_rank:
+        vlm.text_model = vlm.text_model.merge_and_unload()
+    if cfg.mode == "codes":
+        teach_tokens(vlm, tokenizer, model)
+    vlm.save_pretrained(folder / "trunk")
     tokenizer.save_pretrained(folder / "tokenizer")         # AutoTokenizer would go by the trunk's
     heads = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()
              if not k.startswith("trunk.vlm.")}
@@ -914,6 +1407,16 @@ def export(model: LatentPolicy, cfg: Config, step: int, tokenizer, labeller: dic
                 "step": step, "config": asdict(cfg), "torch": torch.__version__}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     publish(folder, Path(cfg.out) / "stage2")
+
+
+def teach_tokens(vlm, tokenizer, model: CodeTokens):
+    """<ACTION>, <ACT_i> and </ACTION> join the tokenizer and the language model's input layer."""
+    first, codes = len(tokenizer), [f"<ACT_{i}>" for i in range(model.target.K)]
+    tokenizer.add_tokens(["<ACTION>", *codes, "</ACTION>"], special_tokens=True)
+    rows = torch.cat([model.trunk.readout[None], model.tokens])
+    words = max(len(vlm.get_input_embeddings().weight), len(tokenizer))
+    vlm.resize_token_embeddings(words, mean_resizing=False)
+    vlm.get_input_embeddings().weight.data[first:len(tokenizer)] = rows
 
 
 # ------------------------------------------------------------ plumbing: the same text in each stage

@@ -205,6 +205,26 @@ def test_pairs_all_in_seconds_and_moving(tmp_path):
     assert {int(t) for b in take(moving, 10) for t in b["step"]} == set(range(11, 22))
 
 
+def test_consecutive_pairs_stay_within_the_episode(tmp_path):
+    """Frames t, t+k, t+2k are those recorded; none is made up at the end."""
+    fake(tmp_path, "viola")  # 20 Hz, 12 steps
+    for resize in ("cpu", "gpu"):
+        options = dict(pairs_per_episode=0, horizon_s=0.15, val_fraction=0.0, resize=resize)
+        loader = loader_of(tmp_path, "viola", "train", 8, 24, **options)
+        recorded = {}
+        for batch in take(loader, 9):
+            for t, pair in zip(batch["step"], batch["frames"]):
+                recorded[t], recorded[t + 3] = pair
+        loader = loader_of(tmp_path, "viola", "train", 8, 24, consecutive=2, **options)
+        batches = take(loader, 6)
+        assert {int(t) for b in batches for t in b["step"]} == set(range(6))  # t + 2k < 12
+        for batch in batches:
+            for t, frames in zip(batch["step"], batch["frames"]):
+                assert np.array_equal(frames, [recorded[t + i] for i in (0, 3, 6)])
+    with pytest.raises(SystemExit, match="long enough for 4 frame pairs of 13 steps"):
+        loader_of(tmp_path, "viola", "train", 8, 24, consecutive=4, **options)
+
+
 def test_pictures_of_every_size(tmp_path):
     """resize=gpu hands over what was recorded and to() resizes; a large JPEG is decoded small."""
     shades = np.linspace(0, 255, 96 * 128 * 3).reshape(96, 128, 3).astype(np.uint8)
