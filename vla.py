@@ -6,10 +6,11 @@ frame t and the instruction.
         --trunk HuggingFaceTB/SmolVLM2-500M-Video-Instruct --dtype bfloat16
     sbatch sbatch/vla.sh                                                # Slurm
     python vla.py --resume runs/vla/last.pt                             # go on, or --export-only
+    python vla.py --analyze runs/vla/last.pt                            # is it really learning?
 
 In: RLDS episodes through data_oxe.py (no actions), and laq.pt2, which labels each batch it sees.
 Out, in OUT: stage2/ (trunk/ and tokenizer/ as transformers saves them, heads.safetensors,
-manifest.json `smolvla_shared.v1`), last.pt, metrics.jsonl.
+manifest.json `smolvla_shared.v1`), last.pt, metrics.jsonl, analysis/.
 
 The trunk reads a last token, <ACTION>, and what it makes of that is its readout, which stage 3 goes
 on with. --mode says what predicts latents from it:
@@ -18,8 +19,9 @@ on with. --mode says what predicts latents from it:
     codes       the language model itself: <ACTION> <ACT_7> <ACT_3> </ACTION>
     actions     flow matching of true action chunks, of all video: the oracle
     multitask   latents, and actions of the datasets that have any
-`accuracy` is that of the codes nearest to the prediction, on held-out episodes, beside always
-answering with the most frequent code.
+`accuracy` is that of the codes nearest to the prediction, on held-out episodes. Beside it, as
+beside every metric, stands what takes no learning (always the most frequent code) and what is left
+when the picture or the instruction is another sample's.
 
 Letters: B batch, L text tokens, P image tokens, S latent tokens, K codes, D code width,
 R whitened width, W trunk width, N width of a target, V words of the tokenizer.
@@ -28,7 +30,9 @@ import base64
 import contextlib
 import copy
 import hashlib
+import html
 import io
+import itertools
 import json
 import math
 import os
@@ -38,6 +42,7 @@ import secrets
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import traceback
 import zipfile
@@ -47,6 +52,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -68,6 +75,7 @@ from transformers import logging as transformers_logging
 import data_oxe
 
 transformers_logging.disable_progress_bar()
+matplotlib.use("Agg")
 
 
 Mode = Literal["latents", "head", "codes", "actions", "multitask"]      # see MODES
@@ -125,6 +133,8 @@ class Config(data_oxe.DataConfig):
     wandb: bool = False                     # also log to Weights & Biases
     resume: str = ""                        # last.pt to continue, in its folder; auto: OUT's if any
     export_only: bool = False               # with --resume: write the hand-over again and stop
+    overfit: bool = False                   # learn the first batch by heart, and validate on it
+    analyze: str = ""                       # checkpoint to analyze, instead of training
 
 
 # ------------------------------------------------------------ model and loss
@@ -565,12 +575,16 @@ class Tokens:
 
 # ------------------------------------------------------------ evaluation
 @torch.no_grad()
-def to_inputs(batch: dict, cfg: Config, labeller, trunk: Trunk, tokens, device) -> dict:
-    """The loader's batch on the device -> images, ids, mask, and what the target is made of."""
+def to_inputs(batch: dict, cfg: Config, labeller, trunk: Trunk, tokens, device,
+              labelled: bool = True) -> dict:
+    """The loader's batch on the device -> images, ids, mask and, if `labelled`, what the target is
+    made of."""
     frames = batch["frames"]                                            # (B, 1 + n, H, H, 3)
     ids, mask = tokens(batch["instruction"], device)
     inputs = {"images": data_oxe.resize_to(frames[:, 0], trunk.image_size), "ids": ids,
               "mask": mask}
+    if not labelled:
+        return inputs
     if cfg.mode in ("actions", "multitask"):
         inputs |= {k: batch[k] for k in ("actions", "action_mask", "has_action", "dataset")}
     if cfg.mode == "actions":
@@ -594,24 +608,68 @@ def label_pairs(labeller, frames) -> tuple:
     return codes if codes is None else codes.reshape(len(frames), -1), latents
 
 
+class Evaluation:
+    """Is it learning? Metrics on held-out episodes, each beside what takes no learning: the
+    commonest codes and the mean target of training episodes, and (`_image_only`,
+    `_instruction_only`) the prediction where the other input is another sample's.
+
+    Called, it gives the mean over datasets and, if there are several, the metrics of each as
+    NAME/metric; `_low`, `_high`: 95% of a bootstrap over episodes; `_trend`: since the last call.
+    """
+
+    def __init__(self, model: LatentPolicy, cfg: Config, loaders: dict, inputs_of):
+        self.collect = partial(collect, model, cfg, inputs_of)
+        self.loaders, self.names = loaders, loaders["val"].names
+        self.first, self.before = {}, {}                    # metrics, resampled scores
+        known = labels_of(model, cfg, inputs_of, loaders["many"])
+        present = np.unique(known["dataset"])
+        self.baselines = {i: baseline_of(rows_of(known, i)) for i in present}
+        self.mix = mix_of(known["dataset"], self.names, "mix_train")
+
+    def __call__(self) -> dict:
+        val = self.collect(self.loaders["val"], held_out=True)
+        probed = ("few", "many") if val["whole"].any() else ()
+        fits = {name: self.collect(self.loaders[name]) for name in probed if name in self.loaders}
+        each, draws = {}, {}
+        for i, baseline in self.baselines.items():
+            rows, name = rows_of(val, i), self.names[i]
+            if len(rows["dataset"]):
+                its_fits = {label: rows_of(fit, i) for label, fit in fits.items()}
+                each[name] = measure(rows, baseline) | action_probes(rows, its_fits)
+                draws[name] = resampled(rows, baseline)
+        metrics = {"loss": val["loss"].mean(), **mean_of_datasets(each),
+                   **self.intervals(mean_of_datasets(draws))}
+        if len(self.names) > 1:
+            metrics |= mix_of(val["dataset"], self.names, "mix") | self.mix
+            metrics |= {f"{name}/{key}": x for name, m in each.items() for key, x in m.items()}
+        self.first = self.first or metrics
+        return metrics
+
+    def intervals(self, draws: dict) -> dict:
+        """draws: of each metric its value in many samples of the episodes."""
+        trend = {f"{name}_trend": draws[name] - self.before[name] for name in self.before}
+        out = {name: change.mean() for name, change in trend.items()}
+        for name, values in {**draws, **trend}.items():
+            out[f"{name}_low"], out[f"{name}_high"] = np.quantile(values, [0.025, 0.975])
+        self.before = draws
+        return out
+
+
 @torch.no_grad()
-def collect(model: LatentPolicy, cfg: Config, loader, inputs_of) -> dict:
-    """Of a loader's first batches, arrays of M rows: readout (M, W), prediction and target (M, N),
-    codes and those nearest to the prediction (M, S), actions (M, C*A), `whole`: none of these is
-    past the end."""
-    rows = []
+def collect(model: LatentPolicy, cfg: Config, inputs_of, loader, held_out: bool = False) -> dict:
+    """Of a loader's first batches, arrays of M rows: readout (M, W), prediction (M, N), actions
+    (M, C*A), `whole`: none of these is past the end; of held-out ones also what judge() gives."""
+    rows, device = [], next(model.parameters()).device
     model.eval()
     for i, batch in enumerate(loader.peek(cfg.eval_batches)):
         torch.manual_seed(i)
-        device = next(model.parameters()).device
-        inputs = inputs_of(data_oxe.to_device(batch, device, loader.image_size))
-        target, _ = model.target(inputs)
-        readout, prediction = model.predict(inputs)
-        loss, scores = sum(model.loss(inputs).values()), model.code_scores(prediction)
-        row = {"readout": readout, "prediction": prediction, "target": target,
-               "loss": loss.expand(len(target))}
-        if scores is not None:
-            row |= {"codes": inputs["codes"], "nearest": scores.argmax(-1)}
+        tensors = data_oxe.to_device(batch, device, loader.image_size)
+        inputs = inputs_of(tensors, labelled=held_out)
+        if held_out:
+            other = torch.from_numpy(another_of_its_dataset(batch["dataset"])).to(device)
+            row = judge(model, inputs, other)
+        else:
+            row = dict(zip(("readout", "prediction"), model.predict(inputs)))
         row = {name: value.cpu().numpy() for name, value in row.items()}
         whole = batch["has_action"] & batch["action_mask"].all(1)
         row |= {"actions": batch["actions"].reshape(len(whole), -1), "whole": whole,
@@ -621,44 +679,449 @@ def collect(model: LatentPolicy, cfg: Config, loader, inputs_of) -> dict:
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
-def evaluate(model: LatentPolicy, cfg: Config, loaders: dict, inputs_of) -> dict:
-    """On held-out episodes: flow loss, explained share of the target's variance; for codes the
-    accuracy of those nearest to the expected latent beside that of the most frequent code; and
-    what the trunk knows about actions, where a dataset has them: R2 of a kernel ridge from the
-    prediction and from the readout to action chunks, fitted on 2 training episodes a task and on
-    many."""
-    val = collect(model, cfg, loaders["val"], inputs_of)
-    error = (val["prediction"] - val["target"]) ** 2
-    metrics = {"loss": val["loss"].mean(),
-               "target_r2": 1 - error.mean() / val["target"].var(0).mean().clip(1e-12)}
-    if "codes" in val:
-        right = val["nearest"] == val["codes"]                          # (M, S)
-        majority = [np.bincount(c).max() / len(c) for c in val["codes"].T]          # knows counts
-        metrics |= {"accuracy": right.mean(), "accuracy_majority": np.mean(majority),
-                    "accuracy_all_tokens": right.all(1).mean()}
-    for name in ("few", "many") if val["whole"].any() else ():
-        if name not in loaders:
-            continue
-        fit = collect(model, cfg, loaders[name], inputs_of)
-        for feature in ("prediction", "readout"):
-            if (value := action_r2(fit, val, feature)) is not None:
-                metrics[f"action_r2_{name}_{feature}"] = value
+# what of the input is another sample's
+SWAPPED = {"": (), "_image_only": ("ids", "mask"), "_instruction_only": ("images",)}
+
+
+def judge(model: LatentPolicy, inputs: dict, other) -> dict:
+    """Loss, target and weight (B, N), readout, codes (B, S) and, of the whole input and of each
+    half alone, the prediction and its likeliest codes (B, S, 5). other (B,): for each sample
+    another one of its dataset."""
+    target, weight = model.target(inputs)
+    loss = sum(model.loss(inputs).values())
+    row = {"target": target, "weight": weight, "loss": loss.expand(len(target))}
+    for name, swapped in SWAPPED.items():
+        shown = inputs | {key: inputs[key][other] for key in swapped}
+        readout, prediction = model.predict(shown)
+        row = {"readout": readout, **row, f"prediction{name}": prediction}          # the first's
+        scores = model.code_scores(prediction)                          # (B, S, K)
+        if scores is not None:
+            best = scores.topk(min(5, scores.shape[-1])).indices
+            row |= {"codes": inputs["codes"], f"likeliest{name}": best}
+    return row
+
+
+def baseline_of(known: dict) -> dict:
+    """What one dataset's training episodes say without a model: the mean target (N,), its codes,
+    the five commonest of each position (S, 5) and the commonest sequence (S,)."""
+    weight = known["weight"]
+    baseline = {"mean": (known["target"] * weight).sum(0) / weight.sum(0).clip(1e-9)}
+    if "codes" in known:
+        codes = known["codes"]
+        count = histograms(codes, codes.max() + 1)
+        kinds, times = np.unique(codes, axis=0, return_counts=True)
+        baseline |= {"codes": codes, "sequence": kinds[times.argmax()],
+                     "majority": np.argsort(-count, 1, kind="stable")[:, :5]}
+    return baseline
+
+
+def measure(val: dict, baseline: dict) -> dict:
+    """All metrics of one dataset's held-out samples but those of actions."""
+    metrics = {"samples": len(val["dataset"]), **errors(val, baseline)}
+    if "likeliest" in val:
+        metrics |= accuracies(val, baseline) | population(val, baseline)
     return metrics
 
 
-def action_r2(fit: dict, val: dict, feature: str) -> float | None:
-    """Held-out R2 of action chunks read from a feature: the mean over datasets; None where none has
-    labelled rows of two episodes."""
-    each = []
-    for i in np.unique(val["dataset"]):
-        mine, its = ((x["dataset"] == i) & x["whole"] for x in (fit, val))
-        if min(mine.sum(), its.sum()) < 16 or len(np.unique(fit["episode"][mine])) < 2:
+def errors(val: dict, baseline: dict) -> dict:
+    """Squared and absolute error and cosine of predicted vectors, beside those of the mean vector
+    of training; target_r2: the share of that one's squared error which is explained."""
+    target, weight = val["target"], val["weight"]
+    count = max(weight.sum(), 1e-9)
+    guesses = {name: val[f"prediction{name}"] for name in SWAPPED}
+    guesses["_mean"] = np.broadcast_to(baseline["mean"], target.shape)
+    out = {}
+    for name, guess in guesses.items():
+        error = (guess - target) * weight
+        out[f"mse{name}"] = (error ** 2).sum() / count
+        out[f"mae{name}"] = np.abs(error).sum() / count
+        out[f"cosine{name}"] = cosine(guess * weight, target * weight).mean()
+    for name in SWAPPED:
+        out[f"target_r2{name}"] = 1 - out[f"mse{name}"] / max(out["mse_mean"], 1e-12)
+    return out
+
+
+def accuracies(val: dict, baseline: dict) -> dict:
+    """Is the code among the likeliest one or five? `_majority`: the commonest codes of training."""
+    codes, out = val["codes"], {}
+    guesses = {name: val[f"likeliest{name}"] for name in SWAPPED}       # (M, S, 5)
+    guesses["_majority"] = baseline["majority"][None]
+    for name, guess in guesses.items():
+        right = guess == codes[..., None]
+        first, any_of_five = right[..., 0].mean(0), right.any(-1).mean(0)           # (S,) each
+        out |= {f"accuracy{name}": first.mean(), f"top5{name}": any_of_five.mean()}
+        for i in range(codes.shape[1]) if name in ("", "_majority") else ():
+            out |= {f"accuracy_{i}{name}": first[i], f"top5_{i}{name}": any_of_five[i]}
+    out["accuracy_all_tokens"] = (val["likeliest"][..., 0] == codes).all(1).mean()
+    out["accuracy_all_tokens_majority"] = (baseline["sequence"] == codes).all(1).mean()
+    return out
+
+
+def population(val: dict, baseline: dict) -> dict:
+    """Predicted codes as a population beside the true ones, means over positions: how many there
+    are, their entropy (nats), and how far their histogram is from the true one; `_train`: how far
+    that of training's codes is."""
+    true, guess, known = val["codes"], val["likeliest"][..., 0], baseline["codes"]
+    K = 1 + max(x.max() for x in (true, guess, known))
+    counts = {name: histograms(codes, K) for name, codes in
+              {"": guess, "_true": true, "_train": known}.items()}
+    out = {}
+    for name in ("", "_true"):
+        each = entropy_of(counts[name])
+        out[f"code_entropy{name}"] = each.mean()
+        out |= {f"code_entropy_{i}{name}": value for i, value in enumerate(each)}
+        out[f"codes_unique{name}"] = (counts[name] > 0).sum(1).mean()
+    for name in ("", "_train"):
+        kl, js = divergences(counts[name], counts["_true"])
+        out |= {f"code_kl{name}": kl.mean(), f"code_js{name}": js.mean()}
+    return out
+
+
+def action_probes(val: dict, fits: dict) -> dict:
+    """What the trunk knows about actions, where the dataset has them: held-out R2 of a kernel ridge
+    from the prediction and from the readout to action chunks, fitted on 2 training episodes a task
+    (few) and on many."""
+    out = {}
+    for label, fit in fits.items():
+        for feature in ("prediction", "readout"):
+            if (value := action_r2(fit, val, feature)) is not None:
+                out[f"action_r2_{label}_{feature}"] = value
+    return out
+
+
+def describe(m: dict) -> str:
+    """A line on codes, on vectors, on actions; of several datasets a table; the verdict."""
+    lines = []
+    for name, what in {"accuracy": "nearest code", "target_r2": "R2 of the target"}.items():
+        if name not in m:
             continue
-        x, y = (torch.from_numpy(fit[name][mine]) for name in (feature, "actions"))
-        x_val, y_val = (torch.from_numpy(val[name][its]) for name in (feature, "actions"))
-        prediction = KernelRidge([x], y, fit["episode"][mine])([x_val])
-        each.append(r2_of_all(prediction, y_val, y.std(0).clamp(min=1e-3)))
-    return float(np.mean(each)) if each else None
+        text = f"{what} {m[name]:.3f} [{m[f'{name}_low']:.3f}, {m[f'{name}_high']:.3f}] ("
+        if name == "accuracy":
+            text += f"majority code {m['accuracy_majority']:.3f}, "
+        text += (f"image alone {m[f'{name}_image_only']:.3f}, "
+                 f"instruction alone {m[f'{name}_instruction_only']:.3f})")
+        if f"{name}_trend" in m:
+            low, high = m[f"{name}_trend_low"], m[f"{name}_trend_high"]
+            text += f", {m[f'{name}_trend']:+.3f} [{low:+.3f}, {high:+.3f}] since the last"
+        lines.append(text)
+    if "accuracy" in m:
+        lines[0] += (f" | top-5 {m['top5']:.3f} ({m['top5_majority']:.3f}) | codes used "
+                     f"{m['codes_unique']:.0f} of {m['codes_unique_true']:.0f}")
+    lines[-1] += f" | loss {m['loss']:.3f}"
+    for name, labels in {"few": "2 episodes a task", "many": "many"}.items():
+        if f"action_r2_{name}_readout" in m:
+            lines.append(f"actions from {labels}: R2 {m[f'action_r2_{name}_prediction']:.2f} by "
+                         f"prediction, {m[f'action_r2_{name}_readout']:.2f} by readout")
+    return "\n  ".join([*lines, *table_of(m), verdict(m)[1]])
+
+
+def verdict(m: dict) -> tuple[bool, str]:
+    """Are predictions of every dataset better than what takes no learning? A dataset with too few
+    samples is not judged."""
+    better, worse, what = "accuracy", "accuracy_majority", "majority code"
+    if "accuracy" not in m:                                             # of errors less is better
+        better, worse, what = "mse_mean", "mse", "mean vector"
+    judged = [x for x in datasets_of(m) if m[f"{x}samples"] >= FEWEST]
+    bad = [x for x in judged if m[x + better] < m[x + worse]]
+    if not judged:
+        return True, f"no verdict: no dataset has {FEWEST} held-out samples (--eval-batches)"
+    if not bad:
+        return True, f"no worse than the {what} on any of {len(judged)} datasets"
+    names = ", ".join(x[:-1] for x in bad if x)
+    return False, (f"worse than the {what} on {len(bad)} of {len(judged)} datasets"
+                   f"{f' ({names})' if names else ''}: pretraining on these would hurt")
+
+
+def report_card(first: dict, last: dict) -> str:
+    """Whether this stage taught something, one check a line with its figures. first: of the
+    evaluation that this process began with."""
+    checks = [(last["target_r2"] > 0.02, f"R2 of the target {last['target_r2']:.2f} (above .02)")]
+    if "accuracy" in last:
+        for name, what in {"majority": "majority code", "instruction_only": "the instruction with "
+                           "another sample's picture"}.items():
+            other = last[f"accuracy_{name}"]
+            checks.append((last["accuracy"] > other, f"nearest-code accuracy "
+                           f"{last['accuracy']:.3f} ({what} {other:.3f})"))
+    if "action_r2_few_readout" in last:
+        mine, before = (max(m["action_r2_few_readout"], m["action_r2_few_prediction"])
+                        for m in (last, first))
+        checks.append((mine > before, f"actions from 2 labelled episodes a task: R2 {mine:.2f} (at "
+                       f"the start {before:.2f})"))
+    checks.append(verdict(last))
+    lines = [f"  {'pass' if good else 'FAIL'}  {what}" for good, what in checks]
+    good = all(good for good, _ in checks)
+    summary = "the trunk learned from the video" if good else "a policy from this trunk may be " \
+        "worse than one without it"
+    return "\n".join(["report card", *lines, f"  {summary}"])
+
+
+# ------------------------------------------------------------ main
+def main(cfg: Config) -> int:
+    check(cfg)
+    rank, world, device = setup(cfg)
+    local = cfg.batch_size // world                                     # samples a process
+    micro = cfg.micro_batch or local                                    # samples a forward pass
+    labeller = load_labeller(cfg.laq_ckpt if cfg.mode != "actions" else "pooled", device)
+    trunk, tokenizer = load_trunk(cfg)
+    freeze(trunk, cfg)
+    inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
+                        tokens=Tokens(tokenizer, cfg.text_len), device=device)
+    load = partial(data_oxe.Loader, image_size=max(labeller.image_size, trunk.image_size),
+                   horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk,
+                   consecutive=cfg.latent_chunk)
+    loader = load(cfg, "train", local, seed=cfg.seed, rank=rank, world=world)
+    loaders = evaluation_loaders(cfg, load) | ({"val": loader} if cfg.overfit else {})
+    labeller.check(cfg, loader)
+
+    model = make_model(cfg, trunk, labeller, loaders["many"], device)
+    optimizer = make_optimizer(cfg, model)
+    made_of = next(model.target.buffers()).clone()          # codebook, mean latent, or mean action
+    start = load_checkpoint(cfg, model, optimizer, loader, rank, world) if cfg.resume else 0
+    if not torch.allclose(next(model.target.buffers()), made_of, atol=1e-4):
+        fail(f"--resume '{cfg.resume}' was trained on another labeller than '{cfg.laq_ckpt}'")
+    if cfg.export_only:
+        if rank == 0:
+            export(model, cfg, start, tokenizer, labeller.manifest)
+        return 0
+    train = DDP(model, forward_sync_buffers=False) if world > 1 else model
+    train = torch.compile(train) if cfg.compile else train
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    flops = flops_a_sample(model, loaders["val"], inputs_of, device)
+    log = Logger(cfg, rank, world, start, flops, device)
+    log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
+    save = Saver(cfg, model, optimizer, loader)
+    evaluate = Evaluation(model, cfg, loaders, inputs_of)
+    stop_flag, batches = StopFlag(cfg, device), batches_of(cfg, loader, device)
+
+    for step in range(start, cfg.steps + 1):                            # one more: evaluates, saves
+        stop, last = stop_flag(step), step == cfg.steps
+        if not stop and (last or step % cfg.eval_every == 0):
+            with log.paused():
+                metrics = evaluate()
+            log.validation(step, metrics, describe(metrics))
+            save.judge(step, metrics["loss"])
+        if stop or last or (step > start and save.due(step)):
+            with log.paused():
+                save(step, wait=stop or last)
+        if stop or last:
+            break
+
+        start_step(cfg, step, optimizer, rank, world)                   # learning rate, randomness
+        with log.waiting():
+            batch = next(batches)
+        means = {}
+        for piece, share, is_last in pieces(inputs_of(batch), micro):
+            train.require_backward_grad_sync = is_last                  # DDP: average once a step
+            with amp:
+                parts = train(piece)
+            loss = sum(parts.values())
+            (loss * share).backward()
+            for name, part in {"loss": loss, **parts}.items():
+                means[name] = means.get(name, 0.0) + share * part.detach()
+        means["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log.step(step, means, batch)
+
+    if rank == 0 and not stop:
+        export(model, cfg, cfg.steps, tokenizer, labeller.manifest)
+        log.print(f"trunk and latent head: {cfg.out}/stage2\n{report_card(evaluate.first, metrics)}")
+    return log.close(stop)
+
+
+# ------------------------------------------------------------ a reader may stop here
+def check(cfg: Config):
+    """Fills in learning rate and warm-up: a large trunk wants a tenth of tiny's rate. Exits where
+    settings do not go together."""
+    if cfg.mode != "actions" and not cfg.laq_ckpt:
+        fail(f"--mode {cfg.mode} needs --laq-ckpt, the laq.pt2 of laq.py")
+    if cfg.laq_ckpt == "pooled" and cfg.mode in ("head", "codes"):
+        fail(f"--laq-ckpt pooled has no codes, which --mode {cfg.mode} predicts; give the laq.pt2 "
+             f"of laq.py")
+    if cfg.laq_ckpt == "pooled" and cfg.targets == "codes" and cfg.mode != "actions":
+        fail("--laq-ckpt pooled has no codes; give --targets vectors")
+    if cfg.latent_chunk < 1 or cfg.latent_chunk > 1 and cfg.mode == "actions":
+        fail(f"--latent-chunk {cfg.latent_chunk} is a number of frame pairs whose latents are "
+             f"predicted; --mode {cfg.mode} needs 1")
+    if cfg.parallel_decode and cfg.mode != "codes":
+        fail(f"--parallel-decode is a way to predict --mode codes, this is --mode {cfg.mode}")
+    if cfg.mode == "actions" and cfg.null:
+        fail(f"--null {cfg.null} is a control of latents; --mode actions has none")
+    if cfg.shrink and not cfg.random_init:
+        fail("--shrink makes a toy of the trunk, which can only be random; give --random-init too")
+    tiny = cfg.trunk == "tiny"
+    if cfg.freeze is None:
+        cfg.freeze = "vision" if cfg.trunk == "dual-7b" else "none"
+    if cfg.lr is None:
+        cfg.lr = 1e-3 if tiny else 1e-4
+    if cfg.overfit:
+        cfg.eval_batches = 1
+    if cfg.warmup_steps is None:
+        cfg.warmup_steps = min(50 if tiny else 1000, cfg.steps // 4)
+
+
+def evaluation_loaders(cfg, load) -> dict:
+    """Held-out episodes, and training episodes to fit probes on: many, and, of a dataset that is
+    not too large to look for them, two of each instruction."""
+    loaders = {"val": load(cfg, "val", 64, seed=1, shuffle_mb=8),
+               "many": load(cfg, "train", 64, seed=2, shuffle_mb=8)}
+    if sum(plan.used for plan in loaders["many"].plans) <= 5000:
+        few = replace(cfg, pairs_per_episode=0, episodes_per_task=cfg.episodes_per_task or 2)
+        loaders["few"] = load(few, "train", 64, seed=2, shuffle_mb=8)
+    return loaders
+
+
+def freeze(trunk: Trunk, cfg: Config):
+    """Leaves to learn what --freeze, --freeze-layers and --lora-rank say; the readout always."""
+    vlm = trunk.vlm
+    layers = vlm.text_model.layers
+    if not 0 <= cfg.freeze_layers <= len(layers):
+        fail(f"--freeze-layers {cfg.freeze_layers}: the language model of '{cfg.trunk}' has "
+             f"{len(layers)} layers")
+    parts = {"none": [], "vision": [vlm.vision_model], "trunk": [vlm]}[cfg.freeze]
+    for part in [*parts, *layers[:cfg.freeze_layers]]:
+        part.requires_grad_(False)
+    if cfg.lora_rank:
+        vlm.text_model = with_lora(vlm.text_model, cfg)
+
+
+def with_lora(text_model: nn.Module, cfg: Config) -> nn.Module:
+    """Low-rank changes of frozen matrices (2106.09685), in all layers."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        fail("--lora-rank needs peft: pip install peft")
+    linear = {name.rpartition(".")[2] for name, module in text_model.named_modules()
+              if isinstance(module, nn.Linear)}
+    for name in cfg.lora_modules:
+        if name not in linear:
+            fail(f"--lora-modules {name}: the language model of '{cfg.trunk}' has no such matrix, "
+                 f"only {', '.join(sorted(linear))}")
+    return get_peft_model(text_model, LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank,
+                                                 target_modules=[*cfg.lora_modules]))
+
+
+def batches_of(cfg: Config, loader, device):
+    """The loader's on the device; with --overfit the first one, over and over."""
+    if not cfg.overfit:
+        return loader.to(device)
+    return itertools.repeat(data_oxe.to_device(next(loader.peek(1)), device, loader.image_size))
+
+
+def make_model(cfg: Config, trunk: Trunk, labeller, loader, device) -> LatentPolicy:
+    target = make_target(cfg, labeller, loader, device)
+    if cfg.mode != "multitask":
+        return MODES[cfg.mode](cfg, trunk, target).to(device)
+    if not any(plan.entry.action for plan in loader.plans):
+        fail(f"--mode multitask learns the actions of labelled episodes, but no dataset of --mix "
+             f"'{cfg.mix}' has any; give --mode latents")
+    actions = Actions(statistics(loader, "meanstd"), cfg.chunk)
+    return Multitask(cfg, trunk, target, actions).to(device)
+
+
+@torch.no_grad()
+def make_target(cfg: Config, labeller, loader, device) -> nn.Module:
+    """What --mode and --targets name, with the units of the loader's first batches."""
+    if cfg.mode == "actions":
+        check_widths(loader)
+        return Actions(statistics(loader, "meanstd"), cfg.chunk)
+    codebook = labeller.codebook                                        # (S, K, D)
+    if codebook is not None:                                            # 'pooled' has none
+        codebook = codebook.repeat(cfg.latent_chunk, 1, 1)              # for each pair the same
+    if cfg.mode in ("head", "codes"):
+        return OneHot(codebook)
+    if cfg.targets == "codes":
+        return Codes(codebook)
+    size = loader.image_size
+    frames = (data_oxe.to_device(b, device, size)["frames"] for b in loader.peek(cfg.eval_batches))
+    latents = torch.cat([label_pairs(labeller, x)[1].flatten(1) for x in frames])
+    if (latents == latents[0]).all():
+        fail("the labeller gives all pairs the same latents, of which nothing can be learned")
+    return Vectors(latents, codebook, width=16 * cfg.latent_chunk)
+
+
+def check_widths(loader):
+    """Exits where the datasets of a mix have actions of different widths, or none."""
+    widths = {plan.name: len(data_oxe.kinds_of(plan.entry.action)) for plan in loader.plans}
+    if min(widths.values()) < max(1, loader.action_dim):
+        fail(f"a policy learns actions of one width from all of --mix, but these are {widths} wide")
+
+
+def flops_a_sample(model: LatentPolicy, loader, inputs_of, device) -> int:
+    """Of forward and backward, without the labeller's."""
+    batch = data_oxe.to_device(next(loader.peek(1)), device, loader.image_size)
+    two = {name: x[:2] for name, x in inputs_of(batch).items()}
+    return flops_of(model, lambda: model(two)) // 2
+
+
+# ------------------------------------------------------------ what an evaluation computes
+@torch.no_grad()
+def labels_of(model: LatentPolicy, cfg: Config, inputs_of, loader) -> dict:
+    """Of a loader's first batches, arrays of M rows: target and weight (M, N), codes (M, S)."""
+    rows, device = [], next(model.parameters()).device
+    for batch in loader.peek(cfg.eval_batches):
+        inputs = inputs_of(data_oxe.to_device(batch, device, loader.image_size), labelled=True)
+        row = dict(zip(("target", "weight"), model.target(inputs)))
+        row |= {name: inputs[name] for name in ("codes",) if name in inputs}
+        row = {name: value.cpu().numpy() for name, value in row.items()}
+        rows.append(row | {"dataset": batch["dataset"]})
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def another_of_its_dataset(dataset: np.ndarray) -> np.ndarray:
+    """For each of B samples the number of another one of its dataset, where there is one: (B,)"""
+    other = np.arange(len(dataset))
+    for i in np.unique(dataset):
+        rows = np.flatnonzero(dataset == i)
+        other[rows] = np.roll(rows, 1)
+    return other
+
+
+def rows_of(samples: dict, dataset: int) -> dict:
+    """Of what collect() gives, one dataset's rows."""
+    rows = samples["dataset"] == dataset
+    return {name: value[rows] for name, value in samples.items()}
+
+
+def cosine(x, y):
+    """Of rows (N, n): (N,)"""
+    lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    return (x * y).sum(1) / lengths.clip(1e-9)
+
+
+def histograms(codes: np.ndarray, K: int) -> np.ndarray:
+    """Of each position of codes (M, S), (S, K)."""
+    return np.stack([np.bincount(column, minlength=K) for column in codes.T])
+
+
+def entropy_of(count: np.ndarray) -> np.ndarray:
+    """Of histograms (S, K), in nats: (S,)"""
+    share = count / count.sum(1, keepdims=True).clip(1)
+    return -(share * np.log(share.clip(1e-12))).sum(1)
+
+
+def divergences(count: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """KL from histograms (S, K) to the true ones, each code counted half a time more so that none
+    is impossible, and Jensen-Shannon, in nats: (S,) each."""
+    p, q = ((x + 0.5) / (x + 0.5).sum(1, keepdims=True) for x in (count, true))
+    kl = (p * np.log(p / q)).sum(1)
+    p, q = (x / x.sum(1, keepdims=True).clip(1) for x in (count, true))
+    return kl, entropy_of((p + q) / 2) - (entropy_of(p) + entropy_of(q)) / 2
+
+
+FEWEST = 16                                 # samples of a dataset of which something can be said
+
+
+def action_r2(fit: dict, val: dict, feature: str) -> float | None:
+    """Held-out R2 of action chunks read from a feature; None without labelled rows of two
+    episodes."""
+    mine, its = fit["whole"], val["whole"]
+    if min(mine.sum(), its.sum()) < FEWEST or len(np.unique(fit["episode"][mine])) < 2:
+        return None
+    x, y = (torch.from_numpy(fit[name][mine]) for name in (feature, "actions"))
+    x_val, y_val = (torch.from_numpy(val[name][its]) for name in (feature, "actions"))
+    prediction = KernelRidge([x], y, fit["episode"][mine])([x_val])
+    return r2_of_all(prediction, y_val, y.std(0).clamp(min=1e-3))
 
 
 class KernelRidge:
@@ -712,226 +1175,61 @@ def r2_of_all(prediction, y, unit) -> float:
     return 1 - (left / ((y - y.mean(0)) / unit).square().sum()).item()
 
 
-def describe(m: dict) -> str:
-    text = f"R2 of the target {m['target_r2']:.2f} | flow loss {m['loss']:.3f}"
-    if "accuracy" in m:
-        text = (f"nearest-code accuracy {m['accuracy']:.3f} "
-                f"(majority code {m['accuracy_majority']:.3f}), "
-                f"all tokens {m['accuracy_all_tokens']:.3f} | {text}")
-    for name, labels in {"few": "2 episodes a task", "many": "many"}.items():
-        if f"action_r2_{name}_readout" in m:
-            text += (f" | actions from {labels}: R2 {m[f'action_r2_{name}_prediction']:.2f} by "
-                     f"prediction, {m[f'action_r2_{name}_readout']:.2f} by readout")
-    return text
+def resampled(val: dict, baseline: dict, draws: int = 1000) -> dict:
+    """{metric: (draws,)} on as many samples of the held-out episodes, with replacement: always the
+    same ones, so that two evaluations can be compared draw by draw."""
+    _, episode = np.unique(val["episode"], return_inverse=True)
+    n = episode.max() + 1
+    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)       # (draws, n)
+
+    def total(x):
+        return times @ np.bincount(episode, x, n)                       # (M,) -> (draws,)
+    mse, mse_mean = (((guess - val["target"]) * val["weight"]) ** 2
+                     for guess in (val["prediction"], baseline["mean"]))
+    out = {"target_r2": 1 - total(mse.sum(1)) / total(mse_mean.sum(1)).clip(1e-12)}
+    if "likeliest" in val:
+        right = val["likeliest"][..., 0] == val["codes"]                # (M, S)
+        out["accuracy"] = total(right.mean(1)) / total(np.ones(len(right)))
+    return out
 
 
-def report_card(first: dict, last: dict) -> str:
-    """Whether this stage taught something, one check a line with its figures. first: of the
-    evaluation that this process began with."""
-    checks = [(last["target_r2"] > 0.02, f"R2 of the target {last['target_r2']:.2f} (above .02)")]
-    if "accuracy" in last:
-        checks.append((last["accuracy"] > last["accuracy_majority"], f"nearest-code accuracy "
-                       f"{last['accuracy']:.3f} (majority code {last['accuracy_majority']:.3f})"))
-    if "action_r2_few_readout" in last:
-        mine, before = (max(m["action_r2_few_readout"], m["action_r2_few_prediction"])
-                        for m in (last, first))
-        checks.append((mine > before, f"actions from 2 labelled episodes a task: R2 {mine:.2f} (at "
-                       f"the start {before:.2f})"))
-    lines = [f"  {'pass' if good else 'FAIL'}  {what}" for good, what in checks]
-    good = all(good for good, _ in checks)
-    verdict = "the trunk learned from the video" if good else "a policy from this trunk may be " \
-        "worse than one without it"
-    return "\n".join(["report card", *lines, f"  {verdict}"])
+def mean_of_datasets(each: dict) -> dict:
+    """{dataset: {metric: value}} -> {metric: its mean over those that have it}"""
+    names = dict.fromkeys(name for metrics in each.values() for name in metrics)
+    return {name: np.mean([m[name] for m in each.values() if name in m], 0) for name in names}
 
 
-# ------------------------------------------------------------ main
-def main(cfg: Config) -> int:
-    check(cfg)
-    rank, world, device = setup(cfg)
-    local = cfg.batch_size // world                                     # samples a process
-    micro = cfg.micro_batch or local                                    # samples a forward pass
-    labeller = load_labeller(cfg.laq_ckpt if cfg.mode != "actions" else "pooled", device)
-    trunk, tokenizer = load_trunk(cfg)
-    freeze(trunk, cfg)
-    inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
-                        tokens=Tokens(tokenizer, cfg.text_len), device=device)
-    load = partial(data_oxe.Loader, image_size=max(labeller.image_size, trunk.image_size),
-                   horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk,
-                   consecutive=cfg.latent_chunk)
-    loader = load(cfg, "train", local, seed=cfg.seed, rank=rank, world=world)
-    loaders = evaluation_loaders(cfg, load)
-    labeller.check(cfg, loader)
-
-    model = make_model(cfg, trunk, labeller, loaders["many"], device)
-    optimizer = make_optimizer(cfg, model)
-    made_of = next(model.target.buffers()).clone()          # codebook, mean latent, or mean action
-    start = load_checkpoint(cfg, model, optimizer, loader, rank, world) if cfg.resume else 0
-    if not torch.allclose(next(model.target.buffers()), made_of, atol=1e-4):
-        fail(f"--resume '{cfg.resume}' was trained on another labeller than '{cfg.laq_ckpt}'")
-    if cfg.export_only:
-        if rank == 0:
-            export(model, cfg, start, tokenizer, labeller.manifest)
-        return 0
-    train = DDP(model, forward_sync_buffers=False) if world > 1 else model
-    train = torch.compile(train) if cfg.compile else train
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    flops = flops_a_sample(model, loaders["val"], inputs_of, device)
-    log = Logger(cfg, rank, world, start, flops, device)
-    log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
-    save = Saver(cfg, model, optimizer, loader)
-    stop_flag, batches, first = StopFlag(cfg, device), loader.to(device), None
-
-    for step in range(start, cfg.steps + 1):                            # one more: evaluates, saves
-        stop, last = stop_flag(step), step == cfg.steps
-        if not stop and (last or step % cfg.eval_every == 0):
-            with log.paused():
-                metrics = evaluate(model, cfg, loaders, inputs_of)
-                first = first or metrics
-            log.validation(step, metrics, describe(metrics))
-            save.judge(step, metrics["loss"])
-        if stop or last or (step > start and save.due(step)):
-            with log.paused():
-                save(step, wait=stop or last)
-        if stop or last:
-            break
-
-        start_step(cfg, step, optimizer, rank, world)                   # learning rate, randomness
-        with log.waiting():
-            batch = next(batches)
-        means = {}
-        for piece, share, is_last in pieces(inputs_of(batch), micro):
-            train.require_backward_grad_sync = is_last                  # DDP: average once a step
-            with amp:
-                parts = train(piece)
-            loss = sum(parts.values())
-            (loss * share).backward()
-            for name, part in {"loss": loss, **parts}.items():
-                means[name] = means.get(name, 0.0) + share * part.detach()
-        means["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        log.step(step, means, batch)
-
-    if rank == 0 and not stop:
-        export(model, cfg, cfg.steps, tokenizer, labeller.manifest)
-        log.print(f"trunk and latent head: {cfg.out}/stage2\n{report_card(first, metrics)}")
-    return log.close(stop)
+def mix_of(dataset: np.ndarray, names, key: str) -> dict:
+    """Each dataset's share of the samples (M,), how many datasets there are and how evenly, their
+    entropy as a share of the largest possible one."""
+    share = np.bincount(dataset, minlength=len(names)) / len(dataset)
+    evenness = entropy_of(share[None])[0] / max(math.log(len(names)), 1e-9)
+    return {f"{key}_unique": (share > 0).sum(), f"{key}_entropy": evenness,
+            **{f"{name}/{key}": value for name, value in zip(names, share)}}
 
 
-# ------------------------------------------------------------ a reader may stop here
-def check(cfg: Config):
-    """Fills in learning rate and warm-up: a large trunk wants a tenth of tiny's rate. Exits where
-    settings do not go together."""
-    if cfg.mode != "actions" and not cfg.laq_ckpt:
-        fail(f"--mode {cfg.mode} needs --laq-ckpt, the laq.pt2 of laq.py")
-    if cfg.laq_ckpt == "pooled" and cfg.mode in ("head", "codes"):
-        fail(f"--laq-ckpt pooled has no codes, which --mode {cfg.mode} predicts; give the laq.pt2 "
-             f"of laq.py")
-    if cfg.laq_ckpt == "pooled" and cfg.targets == "codes" and cfg.mode != "actions":
-        fail("--laq-ckpt pooled has no codes; give --targets vectors")
-    if cfg.latent_chunk < 1 or cfg.latent_chunk > 1 and cfg.mode == "actions":
-        fail(f"--latent-chunk {cfg.latent_chunk} is a number of frame pairs whose latents are "
-             f"predicted; --mode {cfg.mode} needs 1")
-    if cfg.parallel_decode and cfg.mode != "codes":
-        fail(f"--parallel-decode is a way to predict --mode codes, this is --mode {cfg.mode}")
-    if cfg.mode == "actions" and cfg.null:
-        fail(f"--null {cfg.null} is a control of latents; --mode actions has none")
-    if cfg.shrink and not cfg.random_init:
-        fail("--shrink makes a toy of the trunk, which can only be random; give --random-init too")
-    tiny = cfg.trunk == "tiny"
-    if cfg.freeze is None:
-        cfg.freeze = "vision" if cfg.trunk == "dual-7b" else "none"
-    if cfg.lr is None:
-        cfg.lr = 1e-3 if tiny else 1e-4
-    if cfg.warmup_steps is None:
-        cfg.warmup_steps = min(50 if tiny else 1000, cfg.steps // 4)
+def datasets_of(m: dict) -> list[str]:
+    """Prefixes of the metrics of each dataset; one that is empty, where there is one dataset."""
+    return [key.removesuffix("mse_mean") for key in m if key.endswith("/mse_mean")] or [""]
 
 
-def evaluation_loaders(cfg, load) -> dict:
-    """Held-out episodes, and training episodes to fit probes on: many, and, of a dataset that is
-    not too large to look for them, two of each instruction."""
-    loaders = {"val": load(cfg, "val", 64, seed=1, shuffle_mb=8),
-               "many": load(cfg, "train", 64, seed=2, shuffle_mb=8)}
-    if sum(plan.used for plan in loaders["many"].plans) <= 5000:
-        few = replace(cfg, pairs_per_episode=0, episodes_per_task=cfg.episodes_per_task or 2)
-        loaders["few"] = load(few, "train", 64, seed=2, shuffle_mb=8)
-    return loaders
+COLUMNS = {"mix": "share", "accuracy": "top-1", "accuracy_majority": "majority",
+           "accuracy_image_only": "image", "accuracy_instruction_only": "instruction",
+           "target_r2": "R2", "samples": "samples"}
 
 
-def freeze(trunk: Trunk, cfg: Config):
-    """Leaves to learn what --freeze, --freeze-layers and --lora-rank say; the readout always."""
-    vlm = trunk.vlm
-    layers = vlm.text_model.layers
-    if not 0 <= cfg.freeze_layers <= len(layers):
-        fail(f"--freeze-layers {cfg.freeze_layers}: the language model of '{cfg.trunk}' has "
-             f"{len(layers)} layers")
-    parts = {"none": [], "vision": [vlm.vision_model], "trunk": [vlm]}[cfg.freeze]
-    for part in [*parts, *layers[:cfg.freeze_layers]]:
-        part.requires_grad_(False)
-    if cfg.lora_rank:
-        vlm.text_model = with_lora(vlm.text_model, cfg)
-
-
-def with_lora(text_model: nn.Module, cfg: Config) -> nn.Module:
-    """Low-rank changes of frozen matrices (2106.09685), in all layers."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        fail("--lora-rank needs peft: pip install peft")
-    linear = {name.rpartition(".")[2] for name, module in text_model.named_modules()
-              if isinstance(module, nn.Linear)}
-    for name in cfg.lora_modules:
-        if name not in linear:
-            fail(f"--lora-modules {name}: the language model of '{cfg.trunk}' has no such matrix, "
-                 f"only {', '.join(sorted(linear))}")
-    return get_peft_model(text_model, LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank,
-                                                 target_modules=[*cfg.lora_modules]))
-
-
-def make_model(cfg: Config, trunk: Trunk, labeller, loader, device) -> LatentPolicy:
-    target = make_target(cfg, labeller, loader, device)
-    if cfg.mode != "multitask":
-        return MODES[cfg.mode](cfg, trunk, target).to(device)
-    if not any(plan.entry.action for plan in loader.plans):
-        fail(f"--mode multitask learns the actions of labelled episodes, but no dataset of --mix "
-             f"'{cfg.mix}' has any; give --mode latents")
-    actions = Actions(statistics(loader, "meanstd"), cfg.chunk)
-    return Multitask(cfg, trunk, target, actions).to(device)
-
-
-@torch.no_grad()
-def make_target(cfg: Config, labeller, loader, device) -> nn.Module:
-    """What --mode and --targets name, with the units of the loader's first batches."""
-    if cfg.mode == "actions":
-        check_widths(loader)
-        return Actions(statistics(loader, "meanstd"), cfg.chunk)
-    codebook = labeller.codebook                                        # (S, K, D)
-    if codebook is not None:                                            # 'pooled' has none
-        codebook = codebook.repeat(cfg.latent_chunk, 1, 1)              # for each pair the same
-    if cfg.mode in ("head", "codes"):
-        return OneHot(codebook)
-    if cfg.targets == "codes":
-        return Codes(codebook)
-    size = loader.image_size
-    frames = (data_oxe.to_device(b, device, size)["frames"] for b in loader.peek(cfg.eval_batches))
-    latents = torch.cat([label_pairs(labeller, x)[1].flatten(1) for x in frames])
-    if (latents == latents[0]).all():
-        fail("the labeller gives all pairs the same latents, of which nothing can be learned")
-    return Vectors(latents, codebook, width=16 * cfg.latent_chunk)
-
-
-def check_widths(loader):
-    """Exits where the datasets of a mix have actions of different widths, or none."""
-    widths = {plan.name: len(data_oxe.kinds_of(plan.entry.action)) for plan in loader.plans}
-    if min(widths.values()) < max(1, loader.action_dim):
-        fail(f"a policy learns actions of one width from all of --mix, but these are {widths} wide")
-
-
-def flops_a_sample(model: LatentPolicy, loader, inputs_of, device) -> int:
-    """Of forward and backward, without the labeller's."""
-    batch = data_oxe.to_device(next(loader.peek(1)), device, loader.image_size)
-    two = {name: x[:2] for name, x in inputs_of(batch).items()}
-    return flops_of(model, lambda: model(two)) // 2
+def table_of(m: dict) -> list[str]:
+    """A line a dataset, where there are several."""
+    prefixes = datasets_of(m)
+    keys = [key for key in COLUMNS if f"{prefixes[0]}{key}" in m]
+    if prefixes == [""]:
+        return []
+    width = max(map(len, prefixes))
+    lines = [[" " * width] + [f"{COLUMNS[key]:>11}" for key in keys]]
+    for prefix in prefixes:
+        values = [f"{m[prefix + key]:11.{0 if key == 'samples' else 3}f}" for key in keys]
+        lines.append([prefix[:-1].ljust(width), *values])
+    return ["".join(line) for line in lines]
 
 
 # ------------------------------------------------------------ hand-over files
@@ -1969,5 +2267,296 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
     return best
 
 
+# ------------------------------------------------------------ appendix: vla.py --analyze
+# Nothing above needs it. A figure is a function -> figure, numbers for its JSON; or None, where
+# there is nothing to draw. Its docstring is the title, its name that of the files.
+@dataclass
+class Findings:
+    """What the figures draw: M held-out pairs of all datasets, drawn by (seed, step)."""
+    names: tuple                            # datasets of the mix
+    pairs: dict                             # lists and arrays of M rows, see look_at
+    decoder: object                         # load_decoder's, or None
+    history: list                           # lines of metrics.jsonl with a validation
+    rng: np.random.Generator
+
+    def __post_init__(self):
+        self.codes = self.pairs.get("codes")                            # (M, S), or None
+        if self.codes is not None:
+            self.likeliest = self.pairs["scores"].argmax(-1)            # (M, S)
+            self.K = self.pairs["scores"].shape[-1]
+
+
+def analyze(cfg: Config) -> int:
+    """OUT/analysis: metrics.json, each figure as PNG with its numbers as JSON, and report.html with
+    all of it inside."""
+    check(cfg)
+    findings, metrics, step = find(cfg)
+    plt.rcParams["axes.titlesize"] = 8
+    folder = Path(cfg.out) / "analysis"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_numbers(folder / "metrics.json", {"checkpoint": cfg.analyze, "step": step, **metrics})
+    style = "body{font:14px sans-serif;margin:2em} td{padding:0 1em} img{max-width:100%}"
+    page = ["<!doctype html><meta charset=utf-8><title>latent pretraining</title>",
+            f"<style>{style}</style><h1>{html.escape(cfg.analyze)}, step {step}</h1>",
+            f"<pre>{html.escape(describe(metrics))}</pre>"]
+    for plot in FIGURES:
+        drawn = plot(findings)
+        if drawn is None:
+            continue
+        fig, numbers = drawn
+        png = folder / f"{plot.__name__.removeprefix('plot_')}.png"
+        fig.savefig(png, dpi=80, bbox_inches="tight")
+        plt.close(fig)
+        save_numbers(png.with_suffix(".json"), numbers)
+        encoded = base64.b64encode(png.read_bytes()).decode()
+        page.append(f'<h2>{plot.__doc__}</h2><img src="data:image/png;base64,{encoded}">')
+    cells = [f"<tr><td>{html.escape(name)}<td>{value:.3f}" for name, value in metrics.items()]
+    page.append(f"<h2>Metrics on held-out episodes</h2><table>{''.join(cells)}</table>")
+    (folder / "report.html").write_text("\n".join(page))
+    print(f"{describe(metrics)}\nreport: {folder}/report.html")
+    return 0
+
+
+def save_numbers(path: Path, content):
+    """numpy's arrays and numbers as lists and numbers."""
+    path.write_text(json.dumps(content, indent=1, default=lambda x: np.asarray(x).tolist()) + "\n")
+
+
+def find(cfg: Config) -> tuple[Findings, dict, int]:
+    """Reads the checkpoint and the data. -> findings, metrics as main's evaluations, step"""
+    state, device = read_checkpoint(cfg.analyze, "--analyze"), find_device()
+    labeller = load_labeller(cfg.laq_ckpt if cfg.mode != "actions" else "pooled", device)
+    trunk, tokenizer = load_trunk(cfg)
+    freeze(trunk, cfg)
+    inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
+                        tokens=Tokens(tokenizer, cfg.text_len), device=device)
+    load = partial(data_oxe.Loader, image_size=max(labeller.image_size, trunk.image_size),
+                   horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk,
+                   consecutive=cfg.latent_chunk)
+    loaders = evaluation_loaders(cfg, load)
+    model = make_model(cfg, trunk, labeller, loaders["many"], device)
+    model.load_state_dict(state["model"])
+
+    print(f"reading and labelling {3 * cfg.eval_batches * 64} pairs ...")
+    metrics = Evaluation(model, cfg, loaders, inputs_of)()
+    shown = load(cfg, "val", 64, seed=1000 * cfg.seed + state["step"], shuffle_mb=64)
+    path = Path(cfg.analyze).with_name("metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    findings = Findings(shown.names, look_at(model, cfg, inputs_of, shown),
+                        load_decoder(cfg.laq_ckpt, labeller, device),
+                        [line for line in lines if "val_loss" in line],
+                        np.random.default_rng(state["step"]))
+    return findings, metrics, state["step"]
+
+
+@torch.no_grad()
+def look_at(model: LatentPolicy, cfg: Config, inputs_of, loader) -> dict:
+    """Of a loader's first batches: frames uint8 (M, 1 + n, H, H, 3), instruction, dataset, episode,
+    step and, where there are codes, codes (M, S) and the model's scores of each (M, S, K)."""
+    rows, device = [], next(model.parameters()).device
+    model.eval()
+    for batch in loader.peek(cfg.eval_batches):
+        tensors = data_oxe.to_device(batch, device, loader.image_size)
+        inputs = inputs_of(tensors)
+        scores = model.code_scores(model.predict(inputs)[1])
+        row = {"frames": tensors["frames"].cpu().numpy(),
+               "instruction": np.array(batch["instruction"], object),
+               **{k: batch[k] for k in ("dataset", "episode", "step")}}
+        if scores is not None:
+            row |= {"codes": inputs["codes"].cpu().numpy(), "scores": scores.cpu().numpy()}
+        rows.append(row)
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def load_decoder(laq_ckpt: str, labeller, device):
+    """laq.py's decoder.pt2 beside the labeller: fn(frame t uint8 (B, H, H, 3), codes (B, S)) ->
+    frame t+k uint8 (B, h, h, 3) of its own size; None where there is none. Exits where it is not
+    that labeller's, or its stored probe does not give the stored pictures."""
+    path = Path(laq_ckpt).with_name("decoder.pt2")
+    if labeller.codebook is None or not path.is_file():
+        return None
+    program, extra = open_program(path)
+    try:
+        manifest = json.loads(extra["manifest.json"])
+        tensors = safetensors_load(base64.b64decode(extra["tensors.safetensors.b64"]))
+        if manifest["schema"] != "decoder.v1":
+            fail(f"'{path}': schema is {manifest['schema']!r}, expected 'decoder.v1'")
+        names = "probe_frames", "probe_codes", "probe_images", "codebook"
+        frames, codes, images, codebook = (tensors[name].to(device) for name in names)
+        size = manifest["image_size"]
+    except (KeyError, ValueError, SafetensorError) as error:
+        fail(f"'{path}' is damaged or no decoder ({type(error).__name__}: {error})")
+    if not torch.equal(codebook.cpu(), labeller.codebook):
+        fail(f"'{path}' decodes the codes of another labeller than '{laq_ckpt}'; export both "
+             f"again: laq.py --export-only --resume")
+    if device.type != "cpu":
+        program = move_to_device_pass(program, str(device))
+    module = program.module()
+    off = (module(frames, codes).int() - images.int()).abs().max().item()
+    if off > 2:                                                         # grey levels: of rounding
+        fail(f"'{path}': the probe gives pictures that are {off} grey levels off")
+    S = len(codebook)                                                   # of the first pair
+    return lambda frames, codes: module(data_oxe.resize_to(frames, size), codes[:, :S])
+
+
+def plot_trend(f: Findings):
+    """Validations over steps, with 95% intervals, beside their baselines"""
+    steps = [line["step"] for line in f.history]
+    if not steps:
+        return None
+    curves = {"nearest code": ("accuracy", "accuracy_majority", "accuracy_image_only",
+                               "accuracy_instruction_only"),
+              "R2 of the target": ("target_r2", "target_r2_image_only",
+                                   "target_r2_instruction_only"),
+              "R2 of actions": [f"action_r2_{label}_{feature}" for label in ("few", "many")
+                                for feature in ("prediction", "readout")]}
+    values = {name: [line.get(f"val_{name}", math.nan) for line in f.history]
+              for names in curves.values() for curve in names
+              for name in (curve, f"{curve}_low", f"{curve}_high")}
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+    for ax, (title, names) in zip(axes, curves.items()):
+        for name in names:
+            if not np.isfinite(values[name]).any():
+                continue
+            line, = ax.plot(steps, values[name], marker=".", label=name)
+            ax.fill_between(steps, values[f"{name}_low"], values[f"{name}_high"], alpha=0.2,
+                            color=line.get_color())
+        ax.set(title=title, xlabel="step", ylim=(min(0, ax.get_ylim()[0]) if title[0] == "n"
+                                                 else max(-0.5, ax.get_ylim()[0]), None))
+        if ax.lines:
+            ax.legend(fontsize=7)
+    return fig, {"step": steps, **values}
+
+
+def plot_pairs(f: Findings, n: int = 8):
+    """Held-out pairs, true and predicted codes (green: right), and what each do to frame t"""
+    rows = f.rng.permutation(len(f.pairs["dataset"]))[:n]
+    frames = torch.from_numpy(f.pairs["frames"][rows])
+    columns = {"frame t": frames[:, 0], "frame t+k": frames[:, 1]}
+    numbers = {key: f.pairs[key][rows].tolist() for key in ("instruction", "episode", "step")}
+    numbers["dataset"] = [f.names[i] for i in f.pairs["dataset"][rows]]
+    if f.codes is not None:
+        both = {"true": f.codes[rows], "predicted": f.likeliest[rows]}
+        numbers |= {name: codes.tolist() for name, codes in both.items()}
+        if f.decoder:
+            columns |= {f"{name} codes,\ndecoded": f.decoder(frames[:, 0], torch.from_numpy(codes))
+                        for name, codes in both.items()}
+    fig, axes = plt.subplots(len(rows), len(columns) + 1, squeeze=False,
+                             figsize=(1.7 * len(columns) + 2.2, 1.7 * len(rows)),
+                             width_ratios=[1.3] + [1] * len(columns))
+    for i, line in enumerate(axes):
+        describe_pair(line[0], {name: values[i] for name, values in numbers.items()})
+        for ax, (title, images) in zip(line[1:], columns.items()):
+            show(ax, images[i].cpu().numpy(), title if i == 0 else "")
+    fig.tight_layout()
+    return fig, numbers
+
+
+def describe_pair(ax, pair: dict):
+    ax.axis("off")
+    words = textwrap.fill(pair["instruction"], 24)
+    where = f"episode {pair['episode']}, step {pair['step']}"
+    ax.text(0, 1, f"{words}\n{textwrap.fill(pair['dataset'], 24)}\n{where}", va="top", fontsize=8,
+            linespacing=1.4)
+    for height, name in ((0.2, "true"), (0.02, "predicted")) if "true" in pair else ():
+        ax.text(0, height, name, fontsize=8)
+        for i, (code, true) in enumerate(zip(pair[name], pair["true"])):
+            color = "black" if name == "true" else "green" if code == true else "firebrick"
+            ax.text(0.48 + 0.17 * i, height, code, fontsize=8, weight="bold", color=color)
+
+
+def plot_histograms(f: Findings):
+    """How often each code is true and predicted, by position"""
+    if f.codes is None:
+        return None
+    true, predicted = (histograms(codes, f.K) for codes in (f.codes, f.likeliest))
+    fig, axes = plt.subplots(len(true), 1, figsize=(9, 2 * len(true)), squeeze=False)
+    for i, ax in enumerate(axes[:, 0]):
+        order = np.argsort(-true[i], kind="stable")
+        ax.bar(range(f.K), true[i][order] / len(f.codes), color="lightgrey", label="true")
+        ax.step(range(f.K), predicted[i][order] / len(f.codes), where="mid", label="predicted")
+        ax.set(title=f"position {i}: {(predicted[i] > 0).sum()} codes predicted, "
+                     f"{(true[i] > 0).sum()} true", ylabel="share", xlim=(-1, f.K))
+    axes[-1, 0].set_xlabel("codes, the commonest first")
+    axes[0, 0].legend(fontsize=7, loc="upper right")
+    fig.tight_layout()
+    return fig, {"true": true, "predicted": predicted}
+
+
+def plot_calibration(f: Findings, bins: int = 10):
+    """How sure predictions are, and how often they are right, by position"""
+    if f.codes is None:
+        return None
+    what, rows, sure = confidence_of(torch.from_numpy(f.pairs["scores"]).double(), f.codes)
+    right, S = (f.likeliest == f.codes)[rows], f.codes.shape[1]
+    fig, axes = plt.subplots(1, S, figsize=(3.4 * S, 3.4), squeeze=False, layout="constrained")
+    numbers = {"confidence_is": what, "confidence": [], "accuracy": [], "error": []}
+    for i, ax in enumerate(axes[0]):
+        order = np.array_split(np.argsort(sure[:, i]), min(bins, len(sure)))
+        x, y = (np.array([values[part, i].mean() for part in order]) for values in (sure, right))
+        error = np.average(np.abs(x - y), weights=[len(part) for part in order])
+        for name, value in (("confidence", x), ("accuracy", y), ("error", error)):
+            numbers[name].append(value)
+        ax.plot([0, 1], [0, 1], color="lightgrey")
+        ax.plot(x, y, marker="o")
+        ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", ylabel="right",
+               title=f"position {i}: off by {error:.2f} on average")
+    fig.supxlabel(what, fontsize=8)
+    return fig, numbers
+
+
+def confidence_of(scores, codes: np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:
+    """scores (M, S, K), codes (M, S) -> what the confidence is, rows that it may be judged on, it
+    (rows, S). Distances say which code is nearer, not how much likelier: one number, found on every
+    other row, makes probabilities of them."""
+    rows = np.arange(len(scores))
+    if (scores >= 0).all():
+        return "probability", rows, scores.amax(-1).numpy()
+    its_scores, its_codes = scores[::2].flatten(0, 1), torch.from_numpy(codes[::2]).flatten()
+
+    def surprise(scale):
+        return F.cross_entropy(its_scores / scale, its_codes)
+    scale = min(np.geomspace(1e-3, 1e4, 71), key=surprise)
+    sure = (scores[1::2] / scale).softmax(-1).amax(-1).numpy()
+    return f"softmax of -distance² / {scale:.2g}, fitted on the other pairs", rows[1::2], sure
+
+
+def plot_confusion(f: Findings):
+    """Which code is predicted for which: shares of a true code's pairs, the commonest first"""
+    if f.codes is None:
+        return None
+    S = f.codes.shape[1]
+    count = np.zeros((S, f.K, f.K), int)                                # true, predicted
+    fig, axes = plt.subplots(1, S, figsize=(4 * S, 3.6), squeeze=False, layout="constrained")
+    for i, ax in enumerate(axes[0]):
+        np.add.at(count[i], (f.codes[:, i], f.likeliest[:, i]), 1)
+        order = np.argsort(-count[i].sum(1), kind="stable")
+        share = count[i] / count[i].sum(1, keepdims=True).clip(1)
+        image = ax.imshow(share[order][:, order], vmin=0, vmax=1, cmap="magma_r")
+        ax.set(title=f"position {i}", xlabel="predicted", ylabel="true")
+    fig.colorbar(image, ax=axes[0].tolist(), shrink=0.7)
+    return fig, {"count": count}
+
+
+FIGURES = plot_trend, plot_pairs, plot_histograms, plot_calibration, plot_confusion
+
+
+def show(ax, image: np.ndarray, title: str = ""):
+    ax.imshow(image)
+    ax.set(xticks=[], yticks=[])
+    if title:
+        ax.set_title(title)
+
+
+def stored_config(path: str) -> Config:
+    """The settings of a checkpoint, as defaults for its analysis in its own folder."""
+    stored = read_checkpoint(path, "--analyze")["config"]
+    known = {f.name: stored[f.name] for f in fields(Config) if f.name in stored}
+    return Config(**{**known, "out": str(Path(path).parent)})
+
+
 if __name__ == "__main__":
-    run(main, tyro.cli(Config, description=__doc__))
+    cfg = tyro.cli(Config, description=__doc__)
+    if cfg.analyze:                                         # but for those on the command line
+        cfg = tyro.cli(Config, default=stored_config(cfg.analyze))
+    run(analyze if cfg.analyze else main, cfg)
