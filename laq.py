@@ -7,8 +7,8 @@
     python laq.py --analyze runs/laq/last.pt                            # what the tokens mean
 
 In: RLDS episodes through data_oxe.py; actions only measure (unless --action-fraction).
-Out, in OUT: laq.pt2 (frozen labeller for vla.py), last.pt (to resume), metrics.jsonl, pairs.png,
-analysis/.
+Out, in OUT: laq.pt2 (frozen labeller for vla.py), decoder.pt2 (what codes do to a picture), last.pt
+(to resume), metrics.jsonl, pairs.png, analysis/.
 
 Reconstruction alone learns to copy frame t while the codes carry nothing: PSNR rises, shuffling the
 codes over the batch changes nothing. What turns that around: the encoder sees the difference of the
@@ -1191,8 +1191,8 @@ def flops_a_sample(model: LAQ, cfg: Config, device) -> int:
 
 # ------------------------------------------------------------ hand-over files
 class ExportedLabeller(nn.Module):
-    """What is exported: frames uint8 (B, 2, H, W, 3) -> codes int64 (B, S), their vectors float32
-    (B, S, D), and the unquantized latents float32 (B, S, D), which say more."""
+    """laq.pt2: frames uint8 (B, 2, H, W, 3) -> codes int64 (B, S), their vectors float32 (B, S, D),
+    and the unquantized latents float32 (B, S, D), which say more."""
 
     def __init__(self, model: LAQ):
         super().__init__()
@@ -1202,30 +1202,55 @@ class ExportedLabeller(nn.Module):
         return self.model.labels(frames)
 
 
+class ExportedDecoder(nn.Module):
+    """decoder.pt2: frame t uint8 (B, H, W, 3), codes int64 (B, S) -> frame t+k uint8 (B, H, W, 3),
+    which shows what codes say."""
+
+    def __init__(self, model: LAQ):
+        super().__init__()
+        self.decoder, self.quantizer = model.decoder, model.quantizer
+
+    def forward(self, frames, codes):
+        a = LAQ.to_float(torch.stack([frames, frames], 1))[:, 0]        # (B, 3, H, H)
+        return to_uint8(self.decoder(a, self.quantizer.lookup(codes))[0])
+
+
 @torch.no_grad()
 def export(model: LAQ, cfg: Config, step: int, loader):
-    """OUT/laq.pt2: the frozen labeller as a torch.export program (float32, CPU), with manifest,
-    codebook, and probe frames with the codes that they must give."""
-    labeller = ExportedLabeller(copy.deepcopy(model).float().cpu().eval())
-    labeller.model.decoder = None
+    """OUT/decoder.pt2 and OUT/laq.pt2: decoder and frozen labeller as torch.export programs
+    (float32, CPU), each with manifest, codebook, which ties one to the other, and a probe: inputs
+    with what they must give."""
+    model = copy.deepcopy(model).float().cpu().eval()
     probe = data_oxe.to_device(next(loader.peek(1)), "cpu", cfg.image_size)
-    probe = probe["frames"][:4].clone()
-    batch = torch.export.Dim("B", min=1, max=65536)
-    program = torch.export.export(labeller, (probe,), dynamic_shapes=({0: batch},))
-    program.example_inputs = None                                       # would be stored as pickle
+    frames = probe["frames"][:4].clone()
+    codes = model.encode(frames)[0]
     manifest = {"schema": "laq.v2", "tokens": cfg.tokens, "codes": cfg.codes,
                 "code_dim": cfg.code_dim, "image_size": cfg.image_size, "horizon": loader.horizon,
                 "mix": cfg.mix, "step": step, "config": asdict(cfg), "torch": torch.__version__}
-    tensors = {"codebook": labeller.model.quantizer.codebook(), "probe_frames": probe,
-               "probe_codes": labeller(probe)[0]}
+    tensors = {"codebook": model.quantizer.codebook(), "probe_codes": codes}
+
+    decoder, inputs = ExportedDecoder(model), (frames[:, 0].clone(), codes)
+    images = {"probe_frames": inputs[0], "probe_images": decoder(*inputs)}
+    save_program(decoder, inputs, Path(cfg.out) / "decoder.pt2",
+                 manifest | {"schema": "decoder.v1"}, tensors | images)
+    model.decoder = None
+    save_program(ExportedLabeller(model), (frames,), Path(cfg.out) / "laq.pt2", manifest,
+                 tensors | {"probe_frames": frames})
+
+
+def save_program(module: nn.Module, inputs: tuple, path: Path, manifest: dict, tensors: dict):
+    """module(*inputs), each with a first dimension of B, as a program that holds no pickle."""
+    batch = torch.export.Dim("B", min=1, max=65536)
+    program = torch.export.export(module, inputs, dynamic_shapes=({0: batch},) * len(inputs))
+    program.example_inputs = None                                       # would be stored as pickle
     tensors = {k: v.detach().clone(memory_format=torch.contiguous_format)
                for k, v in tensors.items()}
     extra = {"manifest.json": json.dumps(manifest),
              "tensors.safetensors.b64": base64.b64encode(safetensors_bytes(tensors)).decode()}
-    path = Path(cfg.out) / ".partial.laq.pt2"
+    unfinished = path.with_name(f".partial.{path.name}")
     warnings.filterwarnings("ignore", "No complete tensor found")       # of views; saved whole
-    torch.export.save(program, path, extra_files=extra)
-    path.rename(Path(cfg.out) / "laq.pt2")
+    torch.export.save(program, unfinished, extra_files=extra)
+    unfinished.rename(path)
 
 
 @torch.no_grad()
