@@ -562,14 +562,20 @@ class Tokens:
 
 # ------------------------------------------------------------ evaluation
 @torch.no_grad()
-def to_inputs(batch: dict, cfg: Config, labeller, trunk: Trunk, tokens, device) -> dict:
-    """The loader's batch on the device -> images, ids, mask, and what the target is made of."""
+def to_inputs(batch: dict, cfg: Config, labeller, trunk: Trunk, tokens, device,
+              labelled: bool = True) -> dict:
+    """The loader's batch on the device -> images, ids, mask and, if `labelled`, what the target is
+    made of."""
     frames = batch["frames"]                                            # (B, 1 + n, H, H, 3)
     ids, mask = tokens(batch["instruction"], device)
     inputs = {"images": data_oxe.resize_to(frames[:, 0], trunk.image_size), "ids": ids,
               "mask": mask}
+    if not labelled:
+        return inputs
     if cfg.mode in ("actions", "multitask"):
         inputs |= {k: batch[k] for k in ("actions", "action_mask", "has_action", "dataset")}
+    if cfg.mode == "actions":
+        return inputs
     if cfg.mode == "actions":
         return inputs
     if cfg.null == "frame":
@@ -591,24 +597,66 @@ def label_pairs(labeller, frames) -> tuple:
     return codes if codes is None else codes.reshape(len(frames), -1), latents
 
 
+class Evaluation:
+    """Is it learning? Metrics on held-out episodes, each beside what takes no learning: the
+    commonest codes and the mean target of training episodes, and (`_image_only`,
+    `_instruction_only`) the prediction where the other input is another sample's.
+
+    Called, it gives the mean over datasets and, if there are several, the metrics of each as
+    NAME/metric; `_low`, `_high`: 95% of a bootstrap over episodes; `_trend`: since the last call.
+    """
+
+    def __init__(self, model: LatentPolicy, cfg: Config, loaders: dict, inputs_of):
+        self.collect = partial(collect, model, cfg, inputs_of)
+        self.loaders, self.names, self.before = loaders, loaders["val"].names, {}
+        known = labels_of(model, cfg, inputs_of, loaders["many"])
+        present = np.unique(known["dataset"])
+        self.baselines = {i: baseline_of(rows_of(known, i)) for i in present}
+        self.mix = mix_of(known["dataset"], self.names, "mix_train")
+
+    def __call__(self) -> dict:
+        val = self.collect(self.loaders["val"], held_out=True)
+        probed = ("few", "many") if val["whole"].any() else ()
+        fits = {name: self.collect(self.loaders[name]) for name in probed if name in self.loaders}
+        each, draws = {}, {}
+        for i, baseline in self.baselines.items():
+            rows, name = rows_of(val, i), self.names[i]
+            if len(rows["dataset"]):
+                its_fits = {label: rows_of(fit, i) for label, fit in fits.items()}
+                each[name] = metrics_of(rows, baseline) | probes(rows, its_fits)
+                draws[name] = resampled(rows, baseline)
+        metrics = {"loss": val["loss"].mean(), **mean_of_datasets(each),
+                   **self.intervals(mean_of_datasets(draws))}
+        if len(self.names) > 1:
+            metrics |= mix_of(val["dataset"], self.names, "mix") | self.mix
+            metrics |= {f"{name}/{key}": x for name, m in each.items() for key, x in m.items()}
+        return metrics
+
+    def intervals(self, draws: dict) -> dict:
+        """draws: of each metric its value in many samples of the episodes."""
+        trend = {f"{name}_trend": draws[name] - self.before[name] for name in self.before}
+        out = {name: change.mean() for name, change in trend.items()}
+        for name, values in {**draws, **trend}.items():
+            out[f"{name}_low"], out[f"{name}_high"] = np.quantile(values, [0.025, 0.975])
+        self.before = draws
+        return out
+
+
 @torch.no_grad()
-def collect(model: LatentPolicy, cfg: Config, loader, inputs_of) -> dict:
-    """Of a loader's first batches, arrays of M rows: readout (M, W), prediction and target (M, N),
-    codes and those nearest to the prediction (M, S), actions (M, C*A), `whole`: none of these is
-    past the end."""
-    rows = []
+def collect(model: LatentPolicy, cfg: Config, inputs_of, loader, held_out: bool = False) -> dict:
+    """Of a loader's first batches, arrays of M rows: readout (M, W), prediction (M, N), actions
+    (M, C*A), `whole`: none of these is past the end; of held-out ones also what judge() gives."""
+    rows, device = [], next(model.parameters()).device
     model.eval()
     for i, batch in enumerate(loader.peek(cfg.eval_batches)):
         torch.manual_seed(i)
-        device = next(model.parameters()).device
-        inputs = inputs_of(data_oxe.to_device(batch, device, loader.image_size))
-        target, _ = model.target(inputs)
-        readout, prediction = model.predict(inputs)
-        loss, scores = sum(model.loss(inputs).values()), model.code_scores(prediction)
-        row = {"readout": readout, "prediction": prediction, "target": target,
-               "loss": loss.expand(len(target))}
-        if scores is not None:
-            row |= {"codes": inputs["codes"], "nearest": scores.argmax(-1)}
+        tensors = data_oxe.to_device(batch, device, loader.image_size)
+        inputs = inputs_of(tensors, labelled=held_out)
+        if held_out:
+            other = torch.from_numpy(another_of_its_dataset(batch["dataset"])).to(device)
+            row = judge(model, inputs, other)
+        else:
+            row = dict(zip(("readout", "prediction"), model.predict(inputs)))
         row = {name: value.cpu().numpy() for name, value in row.items()}
         whole = batch["has_action"] & batch["action_mask"].all(1)
         row |= {"actions": batch["actions"].reshape(len(whole), -1), "whole": whole,
@@ -618,44 +666,182 @@ def collect(model: LatentPolicy, cfg: Config, loader, inputs_of) -> dict:
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
-def evaluate(model: LatentPolicy, cfg: Config, loaders: dict, inputs_of) -> dict:
-    """On held-out episodes: flow loss, explained share of the target's variance; for codes the
-    accuracy of those nearest to the expected latent beside that of the most frequent code; and
-    what the trunk knows about actions, where a dataset has them: R2 of a kernel ridge from the
-    prediction and from the readout to action chunks, fitted on 2 training episodes a task and on
-    many."""
-    val = collect(model, cfg, loaders["val"], inputs_of)
-    error = (val["prediction"] - val["target"]) ** 2
-    metrics = {"loss": val["loss"].mean(),
-               "target_r2": 1 - error.mean() / val["target"].var(0).mean().clip(1e-12)}
-    if "codes" in val:
-        right = val["nearest"] == val["codes"]                          # (M, S)
-        majority = [np.bincount(c).max() / len(c) for c in val["codes"].T]          # knows counts
-        metrics |= {"accuracy": right.mean(), "accuracy_majority": np.mean(majority),
-                    "accuracy_all_tokens": right.all(1).mean()}
-    for name in ("few", "many") if val["whole"].any() else ():
-        if name not in loaders:
-            continue
-        fit = collect(model, cfg, loaders[name], inputs_of)
-        for feature in ("prediction", "readout"):
-            if (value := action_r2(fit, val, feature)) is not None:
-                metrics[f"action_r2_{name}_{feature}"] = value
+# what of the input is another sample's
+SWAPPED = {"": (), "_image_only": ("ids", "mask"), "_instruction_only": ("images",)}
+
+
+def judge(model: LatentPolicy, inputs: dict, other) -> dict:
+    """Loss, target and weight (B, N), readout, codes (B, S) and, of the whole input and of each
+    half alone, the prediction and its likeliest codes (B, S, 5). other (B,): for each sample
+    another one of its dataset."""
+    target, weight = model.target(inputs)
+    loss = sum(model.loss(inputs).values())
+    row = {"target": target, "weight": weight, "loss": loss.expand(len(target))}
+    for name, swapped in SWAPPED.items():
+        shown = inputs | {key: inputs[key][other] for key in swapped}
+        readout, prediction = model.predict(shown)
+        row |= {f"readout{name}": readout, f"prediction{name}": prediction}
+        scores = model.code_scores(prediction)                          # (B, S, K)
+        if scores is not None:
+            best = scores.topk(min(5, scores.shape[-1])).indices
+            row |= {"codes": inputs["codes"], f"likeliest{name}": best}
+    return row
+
+
+def another_of_its_dataset(dataset: np.ndarray) -> np.ndarray:
+    """For each of B samples the number of another one of its dataset, where there is one: (B,)"""
+    other = np.arange(len(dataset))
+    for i in np.unique(dataset):
+        rows = np.flatnonzero(dataset == i)
+        other[rows] = np.roll(rows, 1)
+    return other
+
+
+def rows_of(samples: dict, dataset: int) -> dict:
+    """Of what collect() gives, one dataset's rows."""
+    rows = samples["dataset"] == dataset
+    return {name: value[rows] for name, value in samples.items()}
+
+
+@torch.no_grad()
+def labels_of(model: LatentPolicy, cfg: Config, inputs_of, loader) -> dict:
+    """Of a loader's first batches, arrays of M rows: target and weight (M, N), codes (M, S)."""
+    rows, device = [], next(model.parameters()).device
+    for batch in loader.peek(cfg.eval_batches):
+        inputs = inputs_of(data_oxe.to_device(batch, device, loader.image_size), labelled=True)
+        row = dict(zip(("target", "weight"), model.target(inputs)))
+        row |= {name: inputs[name] for name in ("codes",) if name in inputs}
+        row = {name: value.cpu().numpy() for name, value in row.items()}
+        rows.append(row | {"dataset": batch["dataset"]})
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def baseline_of(known: dict) -> dict:
+    """What one dataset's training episodes say without a model: the mean target (N,), its codes,
+    the five commonest of each position (S, 5) and the commonest sequence (S,)."""
+    weight = known["weight"]
+    baseline = {"mean": (known["target"] * weight).sum(0) / weight.sum(0).clip(1e-9)}
+    if "codes" in known:
+        codes = known["codes"]
+        count = histograms(codes, codes.max() + 1)
+        kinds, times = np.unique(codes, axis=0, return_counts=True)
+        baseline |= {"codes": codes, "sequence": kinds[times.argmax()],
+                     "majority": np.argsort(-count, 1, kind="stable")[:, :5]}
+    return baseline
+
+
+def metrics_of(val: dict, baseline: dict) -> dict:
+    """All metrics of one dataset's held-out samples but those of actions."""
+    metrics = {"samples": len(val["dataset"]), **errors(val, baseline)}
+    if "likeliest" in val:
+        metrics |= accuracies(val, baseline) | code_use(val, baseline)
     return metrics
 
 
+def errors(val: dict, baseline: dict) -> dict:
+    """Squared and absolute error and cosine of predicted vectors, beside those of the mean vector
+    of training; target_r2: the share of that one's squared error which is explained."""
+    target, weight = val["target"], val["weight"]
+    guesses = {name: val[f"prediction{name}"] for name in SWAPPED}
+    guesses["_mean"] = np.broadcast_to(baseline["mean"], target.shape)
+    out = {}
+    for name, guess in guesses.items():
+        error = (guess - target) * weight
+        out[f"mse{name}"] = (error ** 2).sum() / weight.sum()
+        out[f"mae{name}"] = np.abs(error).sum() / weight.sum()
+        out[f"cosine{name}"] = cosine(guess * weight, target * weight).mean()
+    for name in SWAPPED:
+        out[f"target_r2{name}"] = 1 - out[f"mse{name}"] / max(out["mse_mean"], 1e-12)
+    return out
+
+
+def cosine(x, y):
+    """Of rows (N, n): (N,)"""
+    lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    return (x * y).sum(1) / lengths.clip(1e-9)
+
+
+def accuracies(val: dict, baseline: dict) -> dict:
+    """Is the code among the likeliest one or five? `_majority`: the commonest codes of training."""
+    codes, out = val["codes"], {}
+    guesses = {name: val[f"likeliest{name}"] for name in SWAPPED}       # (M, S, 5)
+    guesses["_majority"] = baseline["majority"][None]
+    for name, guess in guesses.items():
+        right = guess == codes[..., None]
+        first, any_of_five = right[..., 0].mean(0), right.any(-1).mean(0)           # (S,) each
+        out |= {f"accuracy{name}": first.mean(), f"top5{name}": any_of_five.mean()}
+        for i in range(codes.shape[1]) if name in ("", "_majority") else ():
+            out |= {f"accuracy_{i}{name}": first[i], f"top5_{i}{name}": any_of_five[i]}
+    out["accuracy_all_tokens"] = (val["likeliest"][..., 0] == codes).all(1).mean()
+    out["accuracy_all_tokens_majority"] = (baseline["sequence"] == codes).all(1).mean()
+    return out
+
+
+def code_use(val: dict, baseline: dict) -> dict:
+    """Predicted codes as a population beside the true ones, means over positions: how many there
+    are, their entropy (nats), and how far their histogram is from the true one; `_train`: how far
+    that of training's codes is."""
+    true, guess, known = val["codes"], val["likeliest"][..., 0], baseline["codes"]
+    K = 1 + max(x.max() for x in (true, guess, known))
+    counts = {name: histograms(codes, K) for name, codes in
+              {"": guess, "_true": true, "_train": known}.items()}
+    out = {}
+    for name in ("", "_true"):
+        each = entropy(counts[name])
+        out[f"code_entropy{name}"] = each.mean()
+        out |= {f"code_entropy_{i}{name}": value for i, value in enumerate(each)}
+        out[f"codes_unique{name}"] = (counts[name] > 0).sum(1).mean()
+    for name in ("", "_train"):
+        kl, js = divergences(counts[name], counts["_true"])
+        out |= {f"code_kl{name}": kl.mean(), f"code_js{name}": js.mean()}
+    return out
+
+
+def histograms(codes: np.ndarray, K: int) -> np.ndarray:
+    """Of each position of codes (M, S), (S, K)."""
+    return np.stack([np.bincount(column, minlength=K) for column in codes.T])
+
+
+def entropy(count: np.ndarray) -> np.ndarray:
+    """Of histograms (S, K), in nats: (S,)"""
+    share = count / count.sum(1, keepdims=True).clip(1)
+    return -(share * np.log(share.clip(1e-12))).sum(1)
+
+
+def divergences(count: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """KL from histograms (S, K) to the true ones, each code counted half a time more so that none
+    is impossible, and Jensen-Shannon, in nats: (S,) each."""
+    p, q = ((x + 0.5) / (x + 0.5).sum(1, keepdims=True) for x in (count, true))
+    kl = (p * np.log(p / q)).sum(1)
+    p, q = (x / x.sum(1, keepdims=True).clip(1) for x in (count, true))
+    return kl, entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+
+
+def probes(val: dict, fits: dict) -> dict:
+    """What the trunk knows about actions, where the dataset has them: held-out R2 of a kernel ridge
+    from the prediction and from the readout to action chunks, fitted on 2 training episodes a task
+    (few) and on many."""
+    out = {}
+    for label, fit in fits.items():
+        for feature in ("prediction", "readout"):
+            if (value := action_r2(fit, val, feature)) is not None:
+                out[f"action_r2_{label}_{feature}"] = value
+    return out
+
+
+FEWEST = 16                                 # samples of a dataset of which something can be said
+
+
 def action_r2(fit: dict, val: dict, feature: str) -> float | None:
-    """Held-out R2 of action chunks read from a feature: the mean over datasets; None where none has
-    labelled rows of two episodes."""
-    each = []
-    for i in np.unique(val["dataset"]):
-        mine, its = ((x["dataset"] == i) & x["whole"] for x in (fit, val))
-        if min(mine.sum(), its.sum()) < 16 or len(np.unique(fit["episode"][mine])) < 2:
-            continue
-        x, y = (torch.from_numpy(fit[name][mine]) for name in (feature, "actions"))
-        x_val, y_val = (torch.from_numpy(val[name][its]) for name in (feature, "actions"))
-        prediction = KernelRidge([x], y, fit["episode"][mine])([x_val])
-        each.append(r2_of_all(prediction, y_val, y.std(0).clamp(min=1e-3)))
-    return float(np.mean(each)) if each else None
+    """Held-out R2 of action chunks read from a feature; None without labelled rows of two
+    episodes."""
+    mine, its = fit["whole"], val["whole"]
+    if min(mine.sum(), its.sum()) < FEWEST or len(np.unique(fit["episode"][mine])) < 2:
+        return None
+    x, y = (torch.from_numpy(fit[name][mine]) for name in (feature, "actions"))
+    x_val, y_val = (torch.from_numpy(val[name][its]) for name in (feature, "actions"))
+    prediction = KernelRidge([x], y, fit["episode"][mine])([x_val])
+    return r2_of_all(prediction, y_val, y.std(0).clamp(min=1e-3))
 
 
 class KernelRidge:
@@ -709,17 +895,100 @@ def r2_of_all(prediction, y, unit) -> float:
     return 1 - (left / ((y - y.mean(0)) / unit).square().sum()).item()
 
 
+def resampled(val: dict, baseline: dict, draws: int = 1000) -> dict:
+    """{metric: (draws,)} on as many samples of the held-out episodes, with replacement: always the
+    same ones, so that two evaluations can be compared draw by draw."""
+    _, episode = np.unique(val["episode"], return_inverse=True)
+    n = episode.max() + 1
+    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)       # (draws, n)
+
+    def total(x):
+        return times @ np.bincount(episode, x, n)                       # (M,) -> (draws,)
+    mse, mse_mean = (((guess - val["target"]) * val["weight"]) ** 2
+                     for guess in (val["prediction"], baseline["mean"]))
+    out = {"target_r2": 1 - total(mse.sum(1)) / total(mse_mean.sum(1)).clip(1e-12)}
+    if "likeliest" in val:
+        right = val["likeliest"][..., 0] == val["codes"]                # (M, S)
+        out["accuracy"] = total(right.mean(1)) / total(np.ones(len(right)))
+    return out
+
+
+def mean_of_datasets(each: dict) -> dict:
+    """{dataset: {metric: value}} -> {metric: its mean over those that have it}"""
+    names = dict.fromkeys(name for metrics in each.values() for name in metrics)
+    return {name: np.mean([m[name] for m in each.values() if name in m], 0) for name in names}
+
+
+def mix_of(dataset: np.ndarray, names, key: str) -> dict:
+    """Each dataset's share of the samples (M,), how many datasets there are and how evenly, their
+    entropy as a share of the largest possible one."""
+    share = np.bincount(dataset, minlength=len(names)) / len(dataset)
+    evenness = entropy(share[None])[0] / max(math.log(len(names)), 1e-9)
+    return {f"{key}_unique": (share > 0).sum(), f"{key}_entropy": evenness,
+            **{f"{name}/{key}": value for name, value in zip(names, share)}}
+
+
 def describe(m: dict) -> str:
-    text = f"R2 of the target {m['target_r2']:.2f} | flow loss {m['loss']:.3f}"
+    """A line on codes, on vectors, on actions; of several datasets a table; the verdict."""
+    lines = []
+    for name, what in {"accuracy": "nearest code", "target_r2": "R2 of the target"}.items():
+        if name not in m:
+            continue
+        text = f"{what} {m[name]:.3f} [{m[f'{name}_low']:.3f}, {m[f'{name}_high']:.3f}] ("
+        if name == "accuracy":
+            text += f"majority code {m['accuracy_majority']:.3f}, "
+        text += (f"image alone {m[f'{name}_image_only']:.3f}, "
+                 f"instruction alone {m[f'{name}_instruction_only']:.3f})")
+        if f"{name}_trend" in m:
+            low, high = m[f"{name}_trend_low"], m[f"{name}_trend_high"]
+            text += f", {m[f'{name}_trend']:+.3f} [{low:+.3f}, {high:+.3f}] since the last"
+        lines.append(text)
     if "accuracy" in m:
-        text = (f"nearest-code accuracy {m['accuracy']:.3f} "
-                f"(majority code {m['accuracy_majority']:.3f}), "
-                f"all tokens {m['accuracy_all_tokens']:.3f} | {text}")
+        lines[0] += (f" | top-5 {m['top5']:.3f} ({m['top5_majority']:.3f}) | codes used "
+                     f"{m['codes_unique']:.0f} of {m['codes_unique_true']:.0f}")
+    lines[-1] += f" | loss {m['loss']:.3f}"
     for name, labels in {"few": "2 episodes a task", "many": "many"}.items():
         if f"action_r2_{name}_readout" in m:
-            text += (f" | actions from {labels}: R2 {m[f'action_r2_{name}_prediction']:.2f} by "
-                     f"prediction, {m[f'action_r2_{name}_readout']:.2f} by readout")
-    return text
+            lines.append(f"actions from {labels}: R2 {m[f'action_r2_{name}_prediction']:.2f} by "
+                         f"prediction, {m[f'action_r2_{name}_readout']:.2f} by readout")
+    return "\n  ".join([*lines, *table_of(m), verdict(m)[1]])
+
+
+def datasets_of(m: dict) -> list[str]:
+    """Prefixes of the metrics of each dataset; one that is empty, where there is one dataset."""
+    return [key.removesuffix("mse_mean") for key in m if key.endswith("/mse_mean")] or [""]
+
+
+COLUMNS = {"mix": "share", "accuracy": "top-1", "accuracy_majority": "majority",
+           "accuracy_image_only": "image", "accuracy_instruction_only": "instruction",
+           "target_r2": "R2", "samples": "samples"}
+
+
+def table_of(m: dict) -> list[str]:
+    """A line a dataset, where there are several."""
+    prefixes = datasets_of(m)
+    keys = [key for key in COLUMNS if f"{prefixes[0]}{key}" in m]
+    if prefixes == [""]:
+        return []
+    head = f"{'':28}" + "".join(f"{COLUMNS[key]:>12}" for key in keys)
+    rows = [f"{prefix[:-1]:28}" + "".join(f"{m[prefix + key]:12.4g}" for key in keys)
+            for prefix in prefixes]
+    return [head, *rows]
+
+
+def verdict(m: dict) -> tuple[bool, str]:
+    """Are predictions of every dataset better than what takes no learning? A dataset with too few
+    samples is not judged."""
+    better, worse, what = "accuracy", "accuracy_majority", "majority code"
+    if "accuracy" not in m:                                             # of errors less is better
+        better, worse, what = "mse_mean", "mse", "mean vector"
+    judged = [x for x in datasets_of(m) if m[f"{x}samples"] >= FEWEST]
+    bad = [x for x in judged if m[x + better] < m[x + worse]]
+    if not bad:
+        return True, f"no worse than the {what} on any of {len(judged)} datasets"
+    names = ", ".join(x[:-1] for x in bad if x)
+    return False, (f"worse than the {what} on {len(bad)} of {len(judged)} datasets"
+                   f"{f' ({names})' if names else ''}: pretraining on these would hurt")
 
 
 def report_card(first: dict, last: dict) -> str:
@@ -727,18 +996,22 @@ def report_card(first: dict, last: dict) -> str:
     evaluation that this process began with."""
     checks = [(last["target_r2"] > 0.02, f"R2 of the target {last['target_r2']:.2f} (above .02)")]
     if "accuracy" in last:
-        checks.append((last["accuracy"] > last["accuracy_majority"], f"nearest-code accuracy "
-                       f"{last['accuracy']:.3f} (majority code {last['accuracy_majority']:.3f})"))
+        for name, what in {"majority": "majority code", "instruction_only": "the instruction with "
+                           "another sample's picture"}.items():
+            other = last[f"accuracy_{name}"]
+            checks.append((last["accuracy"] > other, f"nearest-code accuracy "
+                           f"{last['accuracy']:.3f} ({what} {other:.3f})"))
     if "action_r2_few_readout" in last:
         mine, before = (max(m["action_r2_few_readout"], m["action_r2_few_prediction"])
                         for m in (last, first))
         checks.append((mine > before, f"actions from 2 labelled episodes a task: R2 {mine:.2f} (at "
                        f"the start {before:.2f})"))
+    checks.append(verdict(last))
     lines = [f"  {'pass' if good else 'FAIL'}  {what}" for good, what in checks]
     good = all(good for good, _ in checks)
-    verdict = "the trunk learned from the video" if good else "a policy from this trunk may be " \
+    summary = "the trunk learned from the video" if good else "a policy from this trunk may be " \
         "worse than one without it"
-    return "\n".join(["report card", *lines, f"  {verdict}"])
+    return "\n".join(["report card", *lines, f"  {summary}"])
 
 
 # ------------------------------------------------------------ main
@@ -776,13 +1049,14 @@ def main(cfg: Config) -> int:
     log = Logger(cfg, rank, world, start, flops, device)
     log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
     save = Saver(cfg, model, optimizer, loader)
+    evaluate = Evaluation(model, cfg, loaders, inputs_of)
     stop_flag, batches, first = StopFlag(cfg, device), loader.to(device), None
 
     for step in range(start, cfg.steps + 1):                            # one more: evaluates, saves
         stop, last = stop_flag(step), step == cfg.steps
         if not stop and (last or step % cfg.eval_every == 0):
             with log.paused():
-                metrics = evaluate(model, cfg, loaders, inputs_of)
+                metrics = evaluate()
                 first = first or metrics
             log.validation(step, metrics, describe(metrics))
         if stop or last or (step > start and step % cfg.save_every == 0):
