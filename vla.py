@@ -6,10 +6,11 @@ frame t and the instruction.
         --trunk HuggingFaceTB/SmolVLM2-500M-Video-Instruct --dtype bfloat16
     sbatch sbatch/vla.sh                                                # Slurm
     python vla.py --resume runs/vla/last.pt                             # go on, or --export-only
+    python vla.py --analyze runs/vla/last.pt                            # is it really learning?
 
 In: RLDS episodes through data_oxe.py (no actions), and laq.pt2, which labels each batch it sees.
 Out, in OUT: stage2/ (trunk/ and tokenizer/ as transformers saves them, heads.safetensors,
-manifest.json `smolvla_shared.v1`), last.pt, metrics.jsonl.
+manifest.json `smolvla_shared.v1`), last.pt, metrics.jsonl, analysis/.
 
 The trunk reads a last token, <ACTION>, and what it makes of that is its readout, which stage 3 goes
 on with. --mode says what predicts latents from it:
@@ -27,7 +28,9 @@ R whitened width, W trunk width, N width of a target, V words of the tokenizer.
 import base64
 import contextlib
 import copy
+import html
 import io
+import itertools
 import json
 import math
 import os
@@ -37,6 +40,7 @@ import secrets
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import traceback
 import zipfile
@@ -46,6 +50,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -67,6 +73,7 @@ from transformers import logging as transformers_logging
 import data_oxe
 
 transformers_logging.disable_progress_bar()
+matplotlib.use("Agg")
 
 
 Mode = Literal["latents", "head", "codes", "actions", "multitask"]      # see MODES
@@ -122,6 +129,8 @@ class Config(data_oxe.DataConfig):
     wandb: bool = False                     # also log to Weights & Biases
     resume: str = ""                        # last.pt to continue, in its folder; auto: OUT's if any
     export_only: bool = False               # with --resume: write the hand-over again and stop
+    overfit: bool = False                   # learn the first batch by heart, and validate on it
+    analyze: str = ""                       # checkpoint to analyze, instead of training
 
 
 # ------------------------------------------------------------ model and loss
@@ -576,8 +585,6 @@ def to_inputs(batch: dict, cfg: Config, labeller, trunk: Trunk, tokens, device,
         inputs |= {k: batch[k] for k in ("actions", "action_mask", "has_action", "dataset")}
     if cfg.mode == "actions":
         return inputs
-    if cfg.mode == "actions":
-        return inputs
     if cfg.null == "frame":
         frames = frames[:, :1].expand_as(frames)
     codes, latents = label_pairs(labeller, frames)
@@ -1029,7 +1036,7 @@ def main(cfg: Config) -> int:
                    horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk,
                    consecutive=cfg.latent_chunk)
     loader = load(cfg, "train", local, seed=cfg.seed, rank=rank, world=world)
-    loaders = evaluation_loaders(cfg, load)
+    loaders = evaluation_loaders(cfg, load) | ({"val": loader} if cfg.overfit else {})
     labeller.check(cfg, loader)
 
     model = make_model(cfg, trunk, labeller, loaders["many"], device)
@@ -1051,6 +1058,9 @@ def main(cfg: Config) -> int:
     save = Saver(cfg, model, optimizer, loader)
     evaluate = Evaluation(model, cfg, loaders, inputs_of)
     stop_flag, batches, first = StopFlag(cfg, device), loader.to(device), None
+    if cfg.overfit:
+        only = data_oxe.to_device(next(loader.peek(1)), device, loader.image_size)
+        batches = itertools.repeat(only)
 
     for step in range(start, cfg.steps + 1):                            # one more: evaluates, saves
         stop, last = stop_flag(step), step == cfg.steps
@@ -1113,6 +1123,8 @@ def check(cfg: Config):
         cfg.freeze = "vision" if cfg.trunk == "dual-7b" else "none"
     if cfg.lr is None:
         cfg.lr = 1e-3 if tiny else 1e-4
+    if cfg.overfit:
+        cfg.eval_batches = 1
     if cfg.warmup_steps is None:
         cfg.warmup_steps = min(50 if tiny else 1000, cfg.steps // 4)
 
@@ -2110,5 +2122,282 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
     return best
 
 
+# ------------------------------------------------------------ appendix: vla.py --analyze
+# Nothing above needs it. A figure is a function -> figure, numbers for its JSON; or None, if there is
+# nothing to draw. Its docstring is the title, its name that of the files.
+@dataclass
+class Findings:
+    """What the figures draw: M held-out pairs of all datasets, drawn by (seed, step)."""
+    names: tuple                            # datasets of the mix
+    pairs: dict                             # lists and arrays of M rows, see look_at
+    decoder: object                         # load_decoder's, or None
+    history: list                           # lines of metrics.jsonl with a validation
+    rng: np.random.Generator
+
+    def __post_init__(self):
+        self.codes = self.pairs.get("codes")                            # (M, S), or None
+        if self.codes is not None:
+            self.likeliest = self.pairs["scores"].argmax(-1)            # (M, S)
+            self.K = self.pairs["scores"].shape[-1]
+
+
+def analyze(cfg: Config) -> int:
+    """OUT/analysis: metrics.json, each figure as PNG with its numbers as JSON, and report.html with
+    all of it inside."""
+    check(cfg)
+    findings, metrics, step = find(cfg)
+    plt.rcParams["axes.titlesize"] = 8
+    folder = Path(cfg.out) / "analysis"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "metrics.json", {"checkpoint": cfg.analyze, "step": step, **metrics})
+    style = "body{font:14px sans-serif;margin:2em} td{padding:0 1em} img{max-width:100%}"
+    page = ["<!doctype html><meta charset=utf-8><title>latent pretraining</title>",
+            f"<style>{style}</style><h1>{html.escape(cfg.analyze)}, step {step}</h1>",
+            f"<pre>{html.escape(describe(metrics))}</pre>"]
+    for plot in FIGURES:
+        drawn = plot(findings)
+        if drawn is None:
+            continue
+        fig, numbers = drawn
+        png = folder / f"{plot.__name__.removeprefix('plot_')}.png"
+        fig.savefig(png, dpi=80, bbox_inches="tight")
+        plt.close(fig)
+        write_json(png.with_suffix(".json"), numbers)
+        encoded = base64.b64encode(png.read_bytes()).decode()
+        page.append(f'<h2>{plot.__doc__}</h2><img src="data:image/png;base64,{encoded}">')
+    cells = [f"<tr><td>{html.escape(name)}<td>{value:.3f}" for name, value in metrics.items()]
+    page.append(f"<h2>Metrics on held-out episodes</h2><table>{''.join(cells)}</table>")
+    (folder / "report.html").write_text("\n".join(page))
+    print(f"{describe(metrics)}\nreport: {folder}/report.html")
+    return 0
+
+
+def write_json(path: Path, content):
+    """numpy's arrays and numbers as lists and numbers."""
+    path.write_text(json.dumps(content, indent=1, default=lambda x: np.asarray(x).tolist()) + "\n")
+
+
+def find(cfg: Config) -> tuple[Findings, dict, int]:
+    """Reads the checkpoint and the data. -> findings, metrics as main's evaluations, step"""
+    state, device = read_checkpoint(cfg.analyze, "--analyze"), find_device()
+    labeller = load_labeller(cfg.laq_ckpt, device) if cfg.mode == "latents" else PooledDifference()
+    trunk, tokenizer = load_trunk(cfg.trunk, cfg.text_layers)
+    inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
+                        tokens=Tokens(tokenizer, cfg.text_len), device=device)
+    load = partial(data_oxe.Loader, image_size=max(labeller.image_size, trunk.image_size),
+                   horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk)
+    loaders = evaluation_loaders(cfg, load)
+    model = Flow(cfg, trunk, make_target(cfg, labeller, loaders["many"], device)).to(device)
+    model.load_state_dict(state["model"])
+
+    print(f"reading and labelling {3 * cfg.eval_batches * 64} pairs ...")
+    metrics = Evaluation(model, cfg, loaders, inputs_of)()
+    shown = load(cfg, "val", 64, seed=1000 * cfg.seed + state["step"], shuffle_mb=64)
+    path = Path(cfg.analyze).with_name("metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    findings = Findings(shown.names, look_at(model, cfg, inputs_of, shown),
+                        load_decoder(cfg.laq_ckpt, labeller, device),
+                        [line for line in lines if "val_loss" in line],
+                        np.random.default_rng(state["step"]))
+    return findings, metrics, state["step"]
+
+
+@torch.no_grad()
+def look_at(model: LatentPolicy, cfg: Config, inputs_of, loader) -> dict:
+    """Of a loader's first batches: frames uint8 (M, 2, H, H, 3), instruction, dataset, episode,
+    step and, where there are codes, codes (M, S) and the model's scores of each (M, S, K)."""
+    rows, device = [], next(model.parameters()).device
+    model.eval()
+    for batch in loader.peek(cfg.eval_batches):
+        tensors = data_oxe.to_device(batch, device, loader.image_size)
+        inputs = inputs_of(tensors)
+        scores = model.code_scores(model.predict(inputs)[1])
+        row = {"frames": tensors["frames"].cpu().numpy(),
+               "instruction": np.array(batch["instruction"], object),
+               **{k: batch[k] for k in ("dataset", "episode", "step")}}
+        if scores is not None:
+            row |= {"codes": inputs["codes"].cpu().numpy(), "scores": scores.cpu().numpy()}
+        rows.append(row)
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def load_decoder(laq_ckpt: str, labeller, device):
+    """laq.py's decoder.pt2 beside the labeller: fn(frame t uint8 (B, H, H, 3), codes (B, S)) ->
+    frame t+k uint8 (B, h, h, 3) of its own size; None where there is none. Exits where it is not
+    that labeller's, or its stored probe does not give the stored pictures."""
+    path = Path(laq_ckpt).with_name("decoder.pt2")
+    if labeller.codebook is None or not path.is_file():
+        return None
+    program, extra = open_program(path)
+    try:
+        manifest = json.loads(extra["manifest.json"])
+        tensors = safetensors_load(base64.b64decode(extra["tensors.safetensors.b64"]))
+        if manifest["schema"] != "decoder.v1":
+            fail(f"'{path}': schema is {manifest['schema']!r}, expected 'decoder.v1'")
+        names = "probe_frames", "probe_codes", "probe_images", "codebook"
+        frames, codes, images, codebook = (tensors[name].to(device) for name in names)
+        size = manifest["image_size"]
+    except (KeyError, ValueError, SafetensorError) as error:
+        fail(f"'{path}' is damaged or no decoder ({type(error).__name__}: {error})")
+    if not torch.equal(codebook.cpu(), labeller.codebook):
+        fail(f"'{path}' decodes the codes of another labeller than '{laq_ckpt}'; export both "
+             f"again: laq.py --export-only --resume")
+    if device.type != "cpu":
+        program = move_to_device_pass(program, str(device))
+    module = program.module()
+    off = (module(frames, codes).int() - images.int()).abs().max().item()
+    if off > 2:                                                         # grey levels: of rounding
+        fail(f"'{path}': the probe gives pictures that are {off} grey levels off")
+    return lambda frames, codes: module(data_oxe.resize_to(frames, size), codes)
+
+
+def plot_trend(f: Findings):
+    """Validations over steps, with 95% intervals, beside their baselines"""
+    steps = [line["step"] for line in f.history]
+    if not steps:
+        return None
+    curves = {"nearest code": ("accuracy", "accuracy_majority", "accuracy_image_only",
+                               "accuracy_instruction_only"),
+              "R2 of the target": ("target_r2", "target_r2_image_only",
+                                   "target_r2_instruction_only"),
+              "R2 of actions": [f"action_r2_{label}_{feature}" for label in ("few", "many")
+                                for feature in ("prediction", "readout")]}
+    values = {name: [line.get(f"val_{name}", math.nan) for line in f.history]
+              for names in curves.values() for curve in names
+              for name in (curve, f"{curve}_low", f"{curve}_high")}
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+    for ax, (title, names) in zip(axes, curves.items()):
+        for name in names:
+            if not np.isfinite(values[name]).any():
+                continue
+            line, = ax.plot(steps, values[name], marker=".", label=name)
+            ax.fill_between(steps, values[f"{name}_low"], values[f"{name}_high"], alpha=0.2,
+                            color=line.get_color())
+        ax.set(title=title, xlabel="step", ylim=(min(0, ax.get_ylim()[0]) if title[0] == "n"
+                                                 else max(-0.5, ax.get_ylim()[0]), None))
+        if ax.lines:
+            ax.legend(fontsize=7)
+    return fig, {"step": steps, **values}
+
+
+def plot_pairs(f: Findings, n: int = 8):
+    """Held-out pairs, true and predicted codes (green: right), and what each do to frame t"""
+    rows = f.rng.permutation(len(f.pairs["dataset"]))[:n]
+    frames = torch.from_numpy(f.pairs["frames"][rows])
+    columns = {"frame t": frames[:, 0], "frame t+k": frames[:, 1]}
+    numbers = {key: f.pairs[key][rows].tolist() for key in ("instruction", "episode", "step")}
+    numbers["dataset"] = [f.names[i] for i in f.pairs["dataset"][rows]]
+    if f.codes is not None:
+        both = {"true": f.codes[rows], "predicted": f.likeliest[rows]}
+        numbers |= {name: codes.tolist() for name, codes in both.items()}
+        if f.decoder:
+            columns |= {f"{name} codes, decoded": f.decoder(frames[:, 0], torch.from_numpy(codes))
+                        for name, codes in both.items()}
+    fig, axes = plt.subplots(len(rows), len(columns) + 1, squeeze=False,
+                             figsize=(1.5 * len(columns) + 3, 1.6 * len(rows)),
+                             width_ratios=[2] + [1] * len(columns))
+    for i, line in enumerate(axes):
+        describe_pair(line[0], {name: values[i] for name, values in numbers.items()})
+        for ax, (title, images) in zip(line[1:], columns.items()):
+            show(ax, images[i].cpu().numpy(), title if i == 0 else "")
+    fig.tight_layout()
+    return fig, numbers
+
+
+def describe_pair(ax, pair: dict):
+    ax.axis("off")
+    words = textwrap.fill(pair["instruction"], 26)
+    ax.text(0, 0.95, f"{words}\n{pair['dataset']}\nepisode {pair['episode']}, step {pair['step']}",
+            va="top", fontsize=8, linespacing=1.4)
+    if "true" not in pair:
+        return
+    for height, name in ((0.22, "true"), (0.05, "predicted")):
+        ax.text(0, height, name, fontsize=8)
+        for i, (code, true) in enumerate(zip(pair[name], pair["true"])):
+            ax.text(0.45 + 0.14 * i, height, code, fontsize=8, weight="bold",
+                    color="black" if name == "true" else "green" if code == true else "firebrick")
+
+
+def plot_histograms(f: Findings):
+    """How often each code is true and predicted, by position"""
+    if f.codes is None:
+        return None
+    true, predicted = (histograms(codes, f.K) for codes in (f.codes, f.likeliest))
+    fig, axes = plt.subplots(len(true), 1, figsize=(9, 2 * len(true)), squeeze=False)
+    for i, ax in enumerate(axes[:, 0]):
+        order = np.argsort(-true[i], kind="stable")
+        ax.bar(range(f.K), true[i][order] / len(f.codes), color="lightgrey", label="true")
+        ax.step(range(f.K), predicted[i][order] / len(f.codes), where="mid", label="predicted")
+        ax.set(title=f"position {i}: {(predicted[i] > 0).sum()} codes predicted, "
+                     f"{(true[i] > 0).sum()} true", ylabel="share", xlim=(-1, f.K))
+    axes[-1, 0].set_xlabel("codes, the commonest first")
+    axes[0, 0].legend(fontsize=7)
+    fig.tight_layout()
+    return fig, {"true": true, "predicted": predicted}
+
+
+def plot_calibration(f: Findings, bins: int = 10):
+    """How sure predictions are, and how often they are right, by position"""
+    if f.codes is None:
+        return None
+    scores = torch.from_numpy(f.pairs["scores"]).double()
+    sure = scores.softmax(-1).amax(-1).numpy()                          # (M, S)
+    right, S = f.likeliest == f.codes, f.codes.shape[1]
+    known = torch.allclose(scores.exp().sum(-1), torch.ones(()).double(), atol=1e-3)
+    what = "probability" if known else "softmax of minus the squared distances, no probability"
+    fig, axes = plt.subplots(1, S, figsize=(3.4 * S, 3.2), squeeze=False)
+    numbers = {"confidence_is": what, "confidence": [], "accuracy": [], "error": []}
+    for i, ax in enumerate(axes[0]):
+        order = np.array_split(np.argsort(sure[:, i]), min(bins, len(sure)))
+        x, y = (np.array([values[rows, i].mean() for rows in order]) for values in (sure, right))
+        error = np.average(np.abs(x - y), weights=[len(rows) for rows in order])
+        for name, value in (("confidence", x), ("accuracy", y), ("error", error)):
+            numbers[name].append(value)
+        ax.plot([0, 1], [0, 1], color="lightgrey")
+        ax.plot(x, y, marker="o")
+        ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", ylabel="right",
+               title=f"position {i}: {error:.2f} off on average")
+    fig.supxlabel(what, fontsize=8)
+    fig.tight_layout()
+    return fig, numbers
+
+
+def plot_confusion(f: Findings):
+    """Which code is predicted for which: shares of a true code's pairs, the commonest first"""
+    if f.codes is None:
+        return None
+    S = f.codes.shape[1]
+    count = np.zeros((S, f.K, f.K), int)                                # true, predicted
+    fig, axes = plt.subplots(1, S, figsize=(4 * S, 4), squeeze=False)
+    for i, ax in enumerate(axes[0]):
+        np.add.at(count[i], (f.codes[:, i], f.likeliest[:, i]), 1)
+        order = np.argsort(-count[i].sum(1), kind="stable")
+        share = count[i] / count[i].sum(1, keepdims=True).clip(1)
+        image = ax.imshow(share[order][:, order], vmin=0, vmax=1, cmap="magma_r")
+        ax.set(title=f"position {i}", xlabel="predicted", ylabel="true")
+    fig.colorbar(image, ax=axes[0].tolist(), shrink=0.7)
+    return fig, {"count": count}
+
+
+FIGURES = plot_trend, plot_pairs, plot_histograms, plot_calibration, plot_confusion
+
+
+def show(ax, image: np.ndarray, title: str = ""):
+    ax.imshow(image)
+    ax.set(xticks=[], yticks=[])
+    if title:
+        ax.set_title(title)
+
+
+def stored_config(path: str) -> Config:
+    """The settings of a checkpoint, as defaults for its analysis in its own folder."""
+    stored = read_checkpoint(path, "--analyze")["config"]
+    known = {f.name: stored[f.name] for f in fields(Config) if f.name in stored}
+    return Config(**{**known, "out": str(Path(path).parent)})
+
+
 if __name__ == "__main__":
-    run(main, tyro.cli(Config, description=__doc__))
+    cfg = tyro.cli(Config, description=__doc__)
+    if cfg.analyze:                                         # but for those on the command line
+        cfg = tyro.cli(Config, default=stored_config(cfg.analyze))
+    run(analyze if cfg.analyze else main, cfg)
