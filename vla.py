@@ -2123,8 +2123,8 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
 
 
 # ------------------------------------------------------------ appendix: vla.py --analyze
-# Nothing above needs it. A figure is a function -> figure, numbers for its JSON; or None, if there is
-# nothing to draw. Its docstring is the title, its name that of the files.
+# Nothing above needs it. A figure is a function -> figure, numbers for its JSON; or None, where
+# there is nothing to draw. Its docstring is the title, its name that of the files.
 @dataclass
 class Findings:
     """What the figures draw: M held-out pairs of all datasets, drawn by (seed, step)."""

@@ -1,0 +1,229 @@
+"""vla.py's report: what an evaluation measures, its verdict, its analysis, and laq.py's decoder, on
+CPU, offline."""
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from common import ROOT, TINY, metrics
+from test_laq import loader_of, model_of
+
+import laq
+import vla
+
+WIDTH = 6                                                   # codes of the hand-made samples
+
+
+def samples_of(codes, likeliest, dataset=0):
+    """Held-out samples of two episodes as vla.collect gives them; targets are their codes' one-hot
+    vectors, predictions those of the likeliest codes."""
+    codes, likeliest = np.array(codes), np.array(likeliest)             # (M, S), (M, S, 5)
+    target, guess = (np.eye(WIDTH)[x].reshape(len(x), -1) for x in (codes, likeliest[..., 0]))
+    rows = {"codes": codes, "target": target, "weight": np.ones_like(target),
+            "dataset": np.full(len(codes), dataset), "episode": np.arange(len(codes)) % 2}
+    for name in vla.SWAPPED:
+        rows |= {f"likeliest{name}": likeliest, f"prediction{name}": guess}
+    return rows
+
+
+def five(*first):
+    """One position's likeliest codes: these, then the others in order."""
+    return [*first, *(code for code in range(WIDTH) if code not in first)][:5]
+
+
+# ------------------------------------------------------------ metrics
+def test_metrics_of_four_samples_are_those_counted_by_hand():
+    known = samples_of([[3]] * 5 + [[1]] * 3 + [[0], [2], [4], [5]], [[five(3)]] * 12)
+    val = samples_of([[0], [1], [1], [3]], [[five(0)], [five(1)], [five(2)], [five(4, 5, 0, 1, 2)]])
+    m = vla.metrics_of(val, vla.baseline_of(known))
+    assert m["accuracy"] == m["accuracy_0"] == 0.5 and m["top5"] == 0.75
+    assert m["accuracy_majority"] == 0.25, "training's commonest code, not validation's"
+    assert m["top5_majority"] == 1 and m["accuracy_all_tokens_majority"] == 0.25
+    assert m["mse"] == pytest.approx(4 / (4 * WIDTH)) and m["mae"] == pytest.approx(m["mse"])
+    mean = np.array([1, 3, 1, 5, 1, 1]) / 12
+    assert m["mse_mean"] == pytest.approx(np.square(mean - val["target"]).mean())
+    assert m["cosine"] == 0.5 and m["target_r2"] == pytest.approx(1 - m["mse"] / m["mse_mean"])
+    assert m["codes_unique"] == 4 and m["codes_unique_true"] == 3
+    assert m["code_entropy"] == pytest.approx(np.log(4))
+    assert m["code_entropy_0_true"] == pytest.approx(1.5 * np.log(2))
+
+
+def test_histograms_that_are_equal_are_no_distance_apart():
+    count = np.array([[3, 1, 0], [2, 2, 2]])
+    kl, js = vla.divergences(count, count)
+    assert kl == pytest.approx([0, 0]) and js == pytest.approx([0, 0])
+    kl, js = vla.divergences(np.array([[4, 0]]), np.array([[0, 4]]))
+    assert js == pytest.approx([np.log(2)]) and np.isfinite(kl).all() and kl > 1
+    one_sided, _ = vla.divergences(np.array([[4, 0]]), np.array([[2, 2]]))
+    assert one_sided == pytest.approx([0.9 * np.log(1.8) + 0.1 * np.log(0.2)])
+
+
+def test_actions_past_the_end_count_for_nothing():
+    val = samples_of([[0], [1]], [[five(0)], [five(1)]])
+    baseline = vla.baseline_of(val)
+    val["weight"][:, 3:], val["prediction"][:, 3:] = 0, 99.0
+    m = vla.metrics_of(val, baseline)
+    assert m["mse"] == 0 and m["cosine"] == pytest.approx(1)
+    val["weight"], baseline = np.zeros_like(val["weight"]) + 1, vla.baseline_of(val)
+    assert vla.resampled(val, baseline)["target_r2"].max() < 0
+
+
+def test_a_dataset_without_a_baseline_or_samples_is_left_out():
+    shares = vla.mix_of(np.array([0, 0, 0, 2]), ("a", "b", "c"), "mix")
+    assert shares["mix_unique"] == 2 and shares["a/mix"] == 0.75 and shares["b/mix"] == 0
+    expected = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(3)
+    assert shares["mix_entropy"] == pytest.approx(expected)
+    assert vla.mean_of_datasets({"a": {"x": 1.0}, "c": {"x": 3.0, "y": 5.0}}) == {"x": 2, "y": 5}
+
+
+def test_the_bootstrap_draws_episodes_and_always_the_same():
+    """Samples of an episode stand or fall together, so that few episodes say little."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, WIDTH, (400, 1))
+    spread = {}
+    for episodes in (4, 100):
+        episode = np.arange(400) % episodes
+        guess = np.where(episode[:, None] % 2, codes, (codes + 1) % WIDTH)          # odd: right
+        val = samples_of(codes, np.array([[five(x)] for x in guess[:, 0]]))
+        val["episode"] = episode
+        draws = vla.resampled(val, vla.baseline_of(val))
+        again = vla.resampled(val, vla.baseline_of(val))
+        assert all((draws[name] == again[name]).all() for name in draws)
+        assert draws["accuracy"].mean() == pytest.approx(0.5, abs=0.03)
+        spread[episodes] = draws["accuracy"].std()
+    assert spread[4] == pytest.approx(0.25, abs=0.03)
+    assert spread[100] == pytest.approx(0.05, abs=0.01)
+
+
+class TextOnly(torch.nn.Module):
+    """A mode that tells codes from the instruction alone: code of a pair = its first token."""
+
+    def __init__(self):
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
+
+    def loss(self, batch):
+        return {"flow": self.nothing.sum()}
+
+    def target(self, batch):
+        target = torch.eye(WIDTH)[batch["codes"][:, 0]]
+        return target, torch.ones_like(target)
+
+    def predict(self, batch):
+        prediction = torch.eye(WIDTH)[batch["ids"][:, 0]]
+        return prediction, prediction
+
+    def code_scores(self, prediction):
+        return prediction[:, None]
+
+
+class Batches:
+    """A loader of two datasets; of the second no model could tell the codes."""
+    names, image_size = ("told", "untold"), 8
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def peek(self, n):
+        rng = np.random.default_rng(self.seed)
+        words, dataset = rng.integers(0, WIDTH, 64), np.arange(64) % 2
+        yield {"frames": np.zeros((64, 2, 8, 8, 3), np.uint8), "word": words, "dataset": dataset,
+               "code": np.where(dataset, (words + 1) % WIDTH, words), "episode": np.arange(64) // 8,
+               "has_action": np.zeros(64, bool), "action_mask": np.ones((64, 8), bool),
+               "actions": np.zeros((64, 8, 4), np.float32)}
+
+
+def test_a_model_that_ignores_the_picture_is_found_out():
+    """By its accuracy with another sample's picture; and a verdict names the dataset on which it
+    is worse than the commonest code."""
+    def inputs_of(batch, labelled):
+        words = torch.as_tensor(batch["word"])[:, None]
+        given = {"images": torch.as_tensor(batch["frames"])[:, 0], "ids": words, "mask": words}
+        return given | ({"codes": torch.as_tensor(batch["code"])[:, None]} if labelled else {})
+    loaders = {"val": Batches(0), "many": Batches(1), "few": Batches(2)}
+    evaluate = vla.Evaluation(TextOnly(), vla.Config(eval_batches=1), loaders, inputs_of)
+    m = evaluate()
+    assert m["told/accuracy"] == m["told/accuracy_instruction_only"] == 1
+    assert m["told/accuracy_image_only"] < 0.5
+    assert m["untold/accuracy"] == 0 and m["accuracy"] == 0.5, "the mean over datasets"
+    assert m["accuracy_low"] <= 0.5 <= m["accuracy_high"] and "accuracy_trend" not in m
+    assert m["mix_unique"] == 2 and m["mix_entropy"] == m["mix_train_entropy"] == pytest.approx(1)
+    good, text = vla.verdict(m)
+    assert not good and text == ("worse than the majority code on 1 of 2 datasets (untold): "
+                                 "pretraining on these would hurt")
+    assert text in vla.describe(m) and f"FAIL  {text}" in vla.report_card(m, m)
+    assert len(vla.table_of(m)) == 3 and vla.table_of(m)[2].startswith("untold")
+    again = evaluate()
+    assert again["accuracy_trend"] == again["accuracy_trend_low"] == 0
+
+
+# ------------------------------------------------------------ the decoder and the analysis
+def test_the_decoder_is_that_of_the_checkpoint(data, tmp_path):
+    model = model_of(out=str(tmp_path), codes=8)
+    for weight in model.decoder.parameters():               # as built it copies frame t
+        torch.nn.init.normal_(weight, std=0.05)
+    laq.export(model, model.cfg, 0, loader_of(data, "val", 4))
+    frames = torch.from_numpy(next(iter(loader_of(data, "val", 5)))["frames"])
+    codes, vectors = model.encode(frames)
+    device, path = torch.device("cpu"), str(tmp_path / "laq.pt2")
+    labeller = vla.load_labeller(path, device)
+    decode = vla.load_decoder(path, labeller, device)
+    a = model.to_float(frames)[:, 0]
+    expected = laq.to_uint8(model.decoder(a, vectors)[0]).int()
+    assert (decode(frames[:, 0], codes).int() - expected).abs().max() <= 1
+    assert (decode(frames[:1, 0], codes[:1] * 0).int() - expected[:1]).abs().max() > 1
+    labeller.codebook = labeller.codebook + 1
+    with pytest.raises(SystemExit, match="decodes the codes of another labeller"):
+        vla.load_decoder(path, labeller, device)
+    (tmp_path / "decoder.pt2").unlink()
+    assert vla.load_decoder(path, labeller, device) is None
+
+
+def test_a_batch_by_heart_is_analyzed(data, stages, tmp_path, monkeypatch):
+    """--overfit validates on the batch that it repeats; --analyze writes a report with pictures of
+    both decodings, and the numbers of each figure."""
+    monkeypatch.setattr(vla.signal, "signal", lambda *args: None)
+    args = ["--data", data, "--out", tmp_path, "--steps", 2, *TINY, "--overfit",
+            "--laq-ckpt", stages / "laq/laq.pt2", "--targets", "codes"]
+    assert vla.main(tyro.cli(vla.Config, args=[*map(str, args)])) == 0
+    seen = metrics(tmp_path, "val_samples", "val_accuracy", "val_accuracy_trend")
+    assert seen["val_samples"] == {0: 8, 2: 8} and list(seen["val_accuracy_trend"]) == [2]
+
+    cfg = vla.stored_config(str(tmp_path / "last.pt"))
+    cfg.analyze, cfg.overfit = str(tmp_path / "last.pt"), False
+    assert vla.analyze(cfg) == 0
+    folder = tmp_path / "analysis"
+    names = {"trend", "pairs", "histograms", "calibration", "confusion"}
+    assert {x.stem for x in folder.glob("*.png")} == names
+    numbers = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    assert len(numbers["pairs"]["predicted"]) == len(numbers["pairs"]["instruction"]) == 8
+    assert np.array(numbers["confusion"]["count"]).shape == (2, 64, 64)
+    assert numbers["trend"]["step"] == [0, 2] and "no probability" in str(numbers["calibration"])
+    report = (folder / "report.html").read_text()
+    assert report.count("data:image/png") == 5 and "http" not in report
+    assert json.loads((folder / "metrics.json").read_text())["step"] == 2
+
+
+def test_the_ladder_tells_its_runs_apart(tmp_path, monkeypatch, capsys):
+    """A table and a plot of whatever is finished."""
+    monkeypatch.syspath_prepend(str(ROOT / "sbatch"))
+    import ladder
+    lines = []
+    for i, setting in enumerate(("--overfit --mix a", "--mix a", "--mix a,b,c", "--mix all",
+                                 "--mix all --lr 1e-4")):
+        run = tmp_path / f"{i}_seed0"
+        run.mkdir()
+        lines.append(f"{setting} --seed 0 --out {run}")
+        rows = [{"step": 0, "loss": 2.0}, {"step": 5, "loss": 1.0},
+                {"step": 5, "val_accuracy": 0.1 * i, "val_accuracy_low": 0.0, "val_loss": 1.0,
+                 "val_accuracy_high": 1.0, "val_accuracy_majority": 0.05}]
+        if i != 2:                                                      # not begun
+            (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    (tmp_path / "runs.txt").write_text("\n".join(lines))
+    ladder.main(tmp_path)
+    table = capsys.readouterr().out
+    assert "| mix, rate 1e-4 | 5 | 0.400 | 0.050 |" in table and "three" not in table
+    assert (tmp_path / "ladder.png").stat().st_size > 10_000
+    sys.modules.pop("ladder")
