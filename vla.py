@@ -2180,14 +2180,14 @@ def write_json(path: Path, content):
 def find(cfg: Config) -> tuple[Findings, dict, int]:
     """Reads the checkpoint and the data. -> findings, metrics as main's evaluations, step"""
     state, device = read_checkpoint(cfg.analyze, "--analyze"), find_device()
-    labeller = load_labeller(cfg.laq_ckpt, device) if cfg.mode == "latents" else PooledDifference()
+    labeller = load_labeller(cfg.laq_ckpt if cfg.mode != "actions" else "pooled", device)
     trunk, tokenizer = load_trunk(cfg.trunk, cfg.text_layers)
     inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
                         tokens=Tokens(tokenizer, cfg.text_len), device=device)
     load = partial(data_oxe.Loader, image_size=max(labeller.image_size, trunk.image_size),
                    horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk)
     loaders = evaluation_loaders(cfg, load)
-    model = Flow(cfg, trunk, make_target(cfg, labeller, loaders["many"], device)).to(device)
+    model = make_model(cfg, trunk, labeller, loaders["many"], device)
     model.load_state_dict(state["model"])
 
     print(f"reading and labelling {3 * cfg.eval_batches * 64} pairs ...")
@@ -2291,11 +2291,11 @@ def plot_pairs(f: Findings, n: int = 8):
         both = {"true": f.codes[rows], "predicted": f.likeliest[rows]}
         numbers |= {name: codes.tolist() for name, codes in both.items()}
         if f.decoder:
-            columns |= {f"{name} codes, decoded": f.decoder(frames[:, 0], torch.from_numpy(codes))
+            columns |= {f"{name} codes,\ndecoded": f.decoder(frames[:, 0], torch.from_numpy(codes))
                         for name, codes in both.items()}
     fig, axes = plt.subplots(len(rows), len(columns) + 1, squeeze=False,
-                             figsize=(1.5 * len(columns) + 3, 1.6 * len(rows)),
-                             width_ratios=[2] + [1] * len(columns))
+                             figsize=(1.7 * len(columns) + 2.2, 1.7 * len(rows)),
+                             width_ratios=[1.3] + [1] * len(columns))
     for i, line in enumerate(axes):
         describe_pair(line[0], {name: values[i] for name, values in numbers.items()})
         for ax, (title, images) in zip(line[1:], columns.items()):
@@ -2306,16 +2306,15 @@ def plot_pairs(f: Findings, n: int = 8):
 
 def describe_pair(ax, pair: dict):
     ax.axis("off")
-    words = textwrap.fill(pair["instruction"], 26)
-    ax.text(0, 0.95, f"{words}\n{pair['dataset']}\nepisode {pair['episode']}, step {pair['step']}",
-            va="top", fontsize=8, linespacing=1.4)
-    if "true" not in pair:
-        return
-    for height, name in ((0.22, "true"), (0.05, "predicted")):
+    words = textwrap.fill(pair["instruction"], 24)
+    where = f"episode {pair['episode']}, step {pair['step']}"
+    ax.text(0, 1, f"{words}\n{textwrap.fill(pair['dataset'], 24)}\n{where}", va="top", fontsize=8,
+            linespacing=1.4)
+    for height, name in ((0.2, "true"), (0.02, "predicted")) if "true" in pair else ():
         ax.text(0, height, name, fontsize=8)
         for i, (code, true) in enumerate(zip(pair[name], pair["true"])):
-            ax.text(0.45 + 0.14 * i, height, code, fontsize=8, weight="bold",
-                    color="black" if name == "true" else "green" if code == true else "firebrick")
+            color = "black" if name == "true" else "green" if code == true else "firebrick"
+            ax.text(0.48 + 0.17 * i, height, code, fontsize=8, weight="bold", color=color)
 
 
 def plot_histograms(f: Findings):
@@ -2340,26 +2339,38 @@ def plot_calibration(f: Findings, bins: int = 10):
     """How sure predictions are, and how often they are right, by position"""
     if f.codes is None:
         return None
-    scores = torch.from_numpy(f.pairs["scores"]).double()
-    sure = scores.softmax(-1).amax(-1).numpy()                          # (M, S)
-    right, S = f.likeliest == f.codes, f.codes.shape[1]
-    known = torch.allclose(scores.exp().sum(-1), torch.ones(()).double(), atol=1e-3)
-    what = "probability" if known else "softmax of minus the squared distances, no probability"
-    fig, axes = plt.subplots(1, S, figsize=(3.4 * S, 3.2), squeeze=False)
+    what, rows, sure = confidence_of(torch.from_numpy(f.pairs["scores"]).double(), f.codes)
+    right, S = (f.likeliest == f.codes)[rows], f.codes.shape[1]
+    fig, axes = plt.subplots(1, S, figsize=(3.4 * S, 3.4), squeeze=False, layout="constrained")
     numbers = {"confidence_is": what, "confidence": [], "accuracy": [], "error": []}
     for i, ax in enumerate(axes[0]):
         order = np.array_split(np.argsort(sure[:, i]), min(bins, len(sure)))
-        x, y = (np.array([values[rows, i].mean() for rows in order]) for values in (sure, right))
-        error = np.average(np.abs(x - y), weights=[len(rows) for rows in order])
+        x, y = (np.array([values[part, i].mean() for part in order]) for values in (sure, right))
+        error = np.average(np.abs(x - y), weights=[len(part) for part in order])
         for name, value in (("confidence", x), ("accuracy", y), ("error", error)):
             numbers[name].append(value)
         ax.plot([0, 1], [0, 1], color="lightgrey")
         ax.plot(x, y, marker="o")
         ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", ylabel="right",
-               title=f"position {i}: {error:.2f} off on average")
+               title=f"position {i}: off by {error:.2f} on average")
     fig.supxlabel(what, fontsize=8)
-    fig.tight_layout()
     return fig, numbers
+
+
+def confidence_of(scores, codes: np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:
+    """scores (M, S, K), codes (M, S) -> what the confidence is, rows that it may be judged on, it
+    (rows, S). Distances say which code is nearer, not how much likelier: one number, found on every
+    other row, makes probabilities of them."""
+    rows = np.arange(len(scores))
+    if (scores >= 0).all():
+        return "probability", rows, scores.amax(-1).numpy()
+    its_scores, its_codes = scores[::2].flatten(0, 1), torch.from_numpy(codes[::2]).flatten()
+
+    def surprise(scale):
+        return F.cross_entropy(its_scores / scale, its_codes)
+    scale = min(np.geomspace(1e-3, 1e4, 71), key=surprise)
+    sure = (scores[1::2] / scale).softmax(-1).amax(-1).numpy()
+    return f"softmax of -distance² / {scale:.2g}, fitted on the other pairs", rows[1::2], sure
 
 
 def plot_confusion(f: Findings):
@@ -2368,7 +2379,7 @@ def plot_confusion(f: Findings):
         return None
     S = f.codes.shape[1]
     count = np.zeros((S, f.K, f.K), int)                                # true, predicted
-    fig, axes = plt.subplots(1, S, figsize=(4 * S, 4), squeeze=False)
+    fig, axes = plt.subplots(1, S, figsize=(4 * S, 3.6), squeeze=False, layout="constrained")
     for i, ax in enumerate(axes[0]):
         np.add.at(count[i], (f.codes[:, i], f.likeliest[:, i]), 1)
         order = np.argsort(-count[i].sum(1), kind="stable")

@@ -200,7 +200,7 @@ def test_a_batch_by_heart_is_analyzed(data, stages, tmp_path, monkeypatch):
     numbers = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
     assert len(numbers["pairs"]["predicted"]) == len(numbers["pairs"]["instruction"]) == 8
     assert np.array(numbers["confusion"]["count"]).shape == (2, 64, 64)
-    assert numbers["trend"]["step"] == [0, 2] and "no probability" in str(numbers["calibration"])
+    assert numbers["trend"]["step"] == [0, 2] and "distance" in str(numbers["calibration"])
     report = (folder / "report.html").read_text()
     assert report.count("data:image/png") == 5 and "http" not in report
     assert json.loads((folder / "metrics.json").read_text())["step"] == 2
