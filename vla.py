@@ -630,7 +630,7 @@ class Evaluation:
             rows, name = rows_of(val, i), self.names[i]
             if len(rows["dataset"]):
                 its_fits = {label: rows_of(fit, i) for label, fit in fits.items()}
-                each[name] = metrics_of(rows, baseline) | probes(rows, its_fits)
+                each[name] = measure(rows, baseline) | action_probes(rows, its_fits)
                 draws[name] = resampled(rows, baseline)
         metrics = {"loss": val["loss"].mean(), **mean_of_datasets(each),
                    **self.intervals(mean_of_datasets(draws))}
@@ -737,11 +737,11 @@ def baseline_of(known: dict) -> dict:
     return baseline
 
 
-def metrics_of(val: dict, baseline: dict) -> dict:
+def measure(val: dict, baseline: dict) -> dict:
     """All metrics of one dataset's held-out samples but those of actions."""
     metrics = {"samples": len(val["dataset"]), **errors(val, baseline)}
     if "likeliest" in val:
-        metrics |= accuracies(val, baseline) | code_use(val, baseline)
+        metrics |= accuracies(val, baseline) | population(val, baseline)
     return metrics
 
 
@@ -784,7 +784,7 @@ def accuracies(val: dict, baseline: dict) -> dict:
     return out
 
 
-def code_use(val: dict, baseline: dict) -> dict:
+def population(val: dict, baseline: dict) -> dict:
     """Predicted codes as a population beside the true ones, means over positions: how many there
     are, their entropy (nats), and how far their histogram is from the true one; `_train`: how far
     that of training's codes is."""
@@ -794,7 +794,7 @@ def code_use(val: dict, baseline: dict) -> dict:
               {"": guess, "_true": true, "_train": known}.items()}
     out = {}
     for name in ("", "_true"):
-        each = entropy(counts[name])
+        each = entropy_of(counts[name])
         out[f"code_entropy{name}"] = each.mean()
         out |= {f"code_entropy_{i}{name}": value for i, value in enumerate(each)}
         out[f"codes_unique{name}"] = (counts[name] > 0).sum(1).mean()
@@ -809,7 +809,7 @@ def histograms(codes: np.ndarray, K: int) -> np.ndarray:
     return np.stack([np.bincount(column, minlength=K) for column in codes.T])
 
 
-def entropy(count: np.ndarray) -> np.ndarray:
+def entropy_of(count: np.ndarray) -> np.ndarray:
     """Of histograms (S, K), in nats: (S,)"""
     share = count / count.sum(1, keepdims=True).clip(1)
     return -(share * np.log(share.clip(1e-12))).sum(1)
@@ -821,10 +821,10 @@ def divergences(count: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.nda
     p, q = ((x + 0.5) / (x + 0.5).sum(1, keepdims=True) for x in (count, true))
     kl = (p * np.log(p / q)).sum(1)
     p, q = (x / x.sum(1, keepdims=True).clip(1) for x in (count, true))
-    return kl, entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+    return kl, entropy_of((p + q) / 2) - (entropy_of(p) + entropy_of(q)) / 2
 
 
-def probes(val: dict, fits: dict) -> dict:
+def action_probes(val: dict, fits: dict) -> dict:
     """What the trunk knows about actions, where the dataset has them: held-out R2 of a kernel ridge
     from the prediction and from the readout to action chunks, fitted on 2 training episodes a task
     (few) and on many."""
@@ -930,7 +930,7 @@ def mix_of(dataset: np.ndarray, names, key: str) -> dict:
     """Each dataset's share of the samples (M,), how many datasets there are and how evenly, their
     entropy as a share of the largest possible one."""
     share = np.bincount(dataset, minlength=len(names)) / len(dataset)
-    evenness = entropy(share[None])[0] / max(math.log(len(names)), 1e-9)
+    evenness = entropy_of(share[None])[0] / max(math.log(len(names)), 1e-9)
     return {f"{key}_unique": (share > 0).sum(), f"{key}_entropy": evenness,
             **{f"{name}/{key}": value for name, value in zip(names, share)}}
 
@@ -1057,10 +1057,7 @@ def main(cfg: Config) -> int:
     log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
     save = Saver(cfg, model, optimizer, loader)
     evaluate = Evaluation(model, cfg, loaders, inputs_of)
-    stop_flag, batches, first = StopFlag(cfg, device), loader.to(device), None
-    if cfg.overfit:
-        only = data_oxe.to_device(next(loader.peek(1)), device, loader.image_size)
-        batches = itertools.repeat(only)
+    stop_flag, batches, first = StopFlag(cfg, device), batches_of(cfg, loader, device), None
 
     for step in range(start, cfg.steps + 1):                            # one more: evaluates, saves
         stop, last = stop_flag(step), step == cfg.steps
@@ -1168,6 +1165,13 @@ def with_lora(text_model: nn.Module, cfg: Config) -> nn.Module:
                  f"only {', '.join(sorted(linear))}")
     return get_peft_model(text_model, LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank,
                                                  target_modules=[*cfg.lora_modules]))
+
+
+def batches_of(cfg: Config, loader, device):
+    """The loader's on the device; with --overfit the first one, over and over."""
+    if not cfg.overfit:
+        return loader.to(device)
+    return itertools.repeat(data_oxe.to_device(next(loader.peek(1)), device, loader.image_size))
 
 
 def make_model(cfg: Config, trunk: Trunk, labeller, loader, device) -> LatentPolicy:
@@ -2149,7 +2153,7 @@ def analyze(cfg: Config) -> int:
     plt.rcParams["axes.titlesize"] = 8
     folder = Path(cfg.out) / "analysis"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "metrics.json", {"checkpoint": cfg.analyze, "step": step, **metrics})
+    save_numbers(folder / "metrics.json", {"checkpoint": cfg.analyze, "step": step, **metrics})
     style = "body{font:14px sans-serif;margin:2em} td{padding:0 1em} img{max-width:100%}"
     page = ["<!doctype html><meta charset=utf-8><title>latent pretraining</title>",
             f"<style>{style}</style><h1>{html.escape(cfg.analyze)}, step {step}</h1>",
@@ -2162,7 +2166,7 @@ def analyze(cfg: Config) -> int:
         png = folder / f"{plot.__name__.removeprefix('plot_')}.png"
         fig.savefig(png, dpi=80, bbox_inches="tight")
         plt.close(fig)
-        write_json(png.with_suffix(".json"), numbers)
+        save_numbers(png.with_suffix(".json"), numbers)
         encoded = base64.b64encode(png.read_bytes()).decode()
         page.append(f'<h2>{plot.__doc__}</h2><img src="data:image/png;base64,{encoded}">')
     cells = [f"<tr><td>{html.escape(name)}<td>{value:.3f}" for name, value in metrics.items()]
@@ -2172,7 +2176,7 @@ def analyze(cfg: Config) -> int:
     return 0
 
 
-def write_json(path: Path, content):
+def save_numbers(path: Path, content):
     """numpy's arrays and numbers as lists and numbers."""
     path.write_text(json.dumps(content, indent=1, default=lambda x: np.asarray(x).tolist()) + "\n")
 

@@ -37,7 +37,7 @@ def five(*first):
 def test_metrics_of_four_samples_are_those_counted_by_hand():
     known = samples_of([[3]] * 5 + [[1]] * 3 + [[0], [2], [4], [5]], [[five(3)]] * 12)
     val = samples_of([[0], [1], [1], [3]], [[five(0)], [five(1)], [five(2)], [five(4, 5, 0, 1, 2)]])
-    m = vla.metrics_of(val, vla.baseline_of(known))
+    m = vla.measure(val, vla.baseline_of(known))
     assert m["accuracy"] == m["accuracy_0"] == 0.5 and m["top5"] == 0.75
     assert m["accuracy_majority"] == 0.25, "training's commonest code, not validation's"
     assert m["top5_majority"] == 1 and m["accuracy_all_tokens_majority"] == 0.25
@@ -64,7 +64,7 @@ def test_actions_past_the_end_count_for_nothing():
     val = samples_of([[0], [1]], [[five(0)], [five(1)]])
     baseline = vla.baseline_of(val)
     val["weight"][:, 3:], val["prediction"][:, 3:] = 0, 99.0
-    m = vla.metrics_of(val, baseline)
+    m = vla.measure(val, baseline)
     assert m["mse"] == 0 and m["cosine"] == pytest.approx(1)
     val["weight"], baseline = np.zeros_like(val["weight"]) + 1, vla.baseline_of(val)
     assert vla.resampled(val, baseline)["target_r2"].max() < 0
