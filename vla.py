@@ -977,10 +977,12 @@ def table_of(m: dict) -> list[str]:
     keys = [key for key in COLUMNS if f"{prefixes[0]}{key}" in m]
     if prefixes == [""]:
         return []
-    head = f"{'':28}" + "".join(f"{COLUMNS[key]:>12}" for key in keys)
-    rows = [f"{prefix[:-1]:28}" + "".join(f"{m[prefix + key]:12.4g}" for key in keys)
-            for prefix in prefixes]
-    return [head, *rows]
+    width = max(map(len, prefixes))
+    lines = [[" " * width] + [f"{COLUMNS[key]:>11}" for key in keys]]
+    for prefix in prefixes:
+        values = [f"{m[prefix + key]:11.{0 if key == 'samples' else 3}f}" for key in keys]
+        lines.append([prefix[:-1].ljust(width), *values])
+    return ["".join(line) for line in lines]
 
 
 def verdict(m: dict) -> tuple[bool, str]:

@@ -46,10 +46,11 @@ def plot(runs: dict, path: Path):
     score = "accuracy" if "val_accuracy" in next(iter(runs.values()))[1] else "target_r2"
     fig, (reached, losses) = plt.subplots(1, 2, figsize=(12, 4.5))
     found = [values for _, values in runs.values()]
-    for name, marker in {"majority": "_", "image_only": "1", "instruction_only": "2"}.items():
+    for name, marker in {"majority": "_", "image_only": "^", "instruction_only": "v"}.items():
         y = [values.get(f"val_{score}_{name}") for values in found]
         if None not in y:
-            reached.plot(range(len(y)), y, marker, ms=14, mew=2, label=name.replace("_", " "))
+            reached.plot(range(len(y)), y, marker, ms=12, mew=2, fillstyle="none",
+                         label=name.replace("_", " "))
     y = [values[f"val_{score}"] for values in found]
     ends = [[abs(values[f"val_{score}_{end}"] - middle) for values, middle in zip(found, y)]
             for end in ("low", "high")]

@@ -13,21 +13,21 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source sbatch/env.sh
 
+how=${1:-}
+[ "$how" != --smoke ] || OUT=${OUT:-runs/ladder_smoke}
 OUT=${OUT:-runs/ladder} DATA=${DATA:-data} LAQ=${LAQ:-runs/laq/laq.pt2}
 ONE=${ONE:-bridge} THREE=${THREE:-bridge,fractal20220817_data,droid} MIX=${MIX:-oxe29}
 RATES=${RATES:-1e-3 3e-4 1e-4 3e-5}
 RUN=${RUN:-python}
 
-how=${1:-}
 slurm=()
 while [ "${1:---}" != -- ]; do slurm+=("$1"); shift; done
 options=("${@:2}")
 
 if [ "$how" = --smoke ]; then
-  OUT=${SMOKE:-runs/ladder_smoke} RATES="1e-3 1e-4"
-  DATA=$OUT/data LAQ=$OUT/laq/laq.pt2
+  DATA=$OUT/data LAQ=$OUT/laq/laq.pt2 RATES="1e-3 1e-4"
   ONE=metaworld_corner4 THREE=metaworld_corner4,metaworld_corner,metaworld_topview MIX=$THREE
-  tiny="--batch-size 8 --eval-batches 1"
+  tiny="--batch-size 8 --eval-batches 1 --log-every 1"
   options=(--steps 8 --eval-every 4 $tiny "${options[@]}")
   for camera in corner4 corner topview; do
     [ -e "$DATA/metaworld_$camera" ] || python rollout.py --record --data "$DATA" --episodes 3 \
