@@ -2187,7 +2187,8 @@ def find(cfg: Config) -> tuple[Findings, dict, int]:
     """Reads the checkpoint and the data. -> findings, metrics as main's evaluations, step"""
     state, device = read_checkpoint(cfg.analyze, "--analyze"), find_device()
     labeller = load_labeller(cfg.laq_ckpt if cfg.mode != "actions" else "pooled", device)
-    trunk, tokenizer = load_trunk(cfg.trunk, cfg.text_layers)
+    trunk, tokenizer = load_trunk(cfg)
+    freeze(trunk, cfg)
     inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
                         tokens=Tokens(tokenizer, cfg.text_len), device=device)
     load = partial(data_oxe.Loader, image_size=max(labeller.image_size, trunk.image_size),
