@@ -2337,7 +2337,7 @@ def plot_histograms(f: Findings):
         ax.set(title=f"position {i}: {(predicted[i] > 0).sum()} codes predicted, "
                      f"{(true[i] > 0).sum()} true", ylabel="share", xlim=(-1, f.K))
     axes[-1, 0].set_xlabel("codes, the commonest first")
-    axes[0, 0].legend(fontsize=7)
+    axes[0, 0].legend(fontsize=7, loc="upper right")
     fig.tight_layout()
     return fig, {"true": true, "predicted": predicted}
 
