@@ -19,8 +19,9 @@ on with. --mode says what predicts latents from it:
     codes       the language model itself: <ACTION> <ACT_7> <ACT_3> </ACTION>
     actions     flow matching of true action chunks, of all video: the oracle
     multitask   latents, and actions of the datasets that have any
-`accuracy` is that of the codes nearest to the prediction, on held-out episodes, beside always
-answering with the most frequent code.
+`accuracy` is that of the codes nearest to the prediction, on held-out episodes. Beside it, as
+beside every metric, stands what takes no learning (always the most frequent code) and what is left
+when the picture or the instruction is another sample's.
 
 Letters: B batch, L text tokens, P image tokens, S latent tokens, K codes, D code width,
 R whitened width, W trunk width, N width of a target, V words of the tokenizer.
@@ -687,40 +688,12 @@ def judge(model: LatentPolicy, inputs: dict, other) -> dict:
     for name, swapped in SWAPPED.items():
         shown = inputs | {key: inputs[key][other] for key in swapped}
         readout, prediction = model.predict(shown)
-        row |= {f"readout{name}": readout, f"prediction{name}": prediction}
+        row = {"readout": readout, **row, f"prediction{name}": prediction}          # the first's
         scores = model.code_scores(prediction)                          # (B, S, K)
         if scores is not None:
             best = scores.topk(min(5, scores.shape[-1])).indices
             row |= {"codes": inputs["codes"], f"likeliest{name}": best}
     return row
-
-
-def another_of_its_dataset(dataset: np.ndarray) -> np.ndarray:
-    """For each of B samples the number of another one of its dataset, where there is one: (B,)"""
-    other = np.arange(len(dataset))
-    for i in np.unique(dataset):
-        rows = np.flatnonzero(dataset == i)
-        other[rows] = np.roll(rows, 1)
-    return other
-
-
-def rows_of(samples: dict, dataset: int) -> dict:
-    """Of what collect() gives, one dataset's rows."""
-    rows = samples["dataset"] == dataset
-    return {name: value[rows] for name, value in samples.items()}
-
-
-@torch.no_grad()
-def labels_of(model: LatentPolicy, cfg: Config, inputs_of, loader) -> dict:
-    """Of a loader's first batches, arrays of M rows: target and weight (M, N), codes (M, S)."""
-    rows, device = [], next(model.parameters()).device
-    for batch in loader.peek(cfg.eval_batches):
-        inputs = inputs_of(data_oxe.to_device(batch, device, loader.image_size), labelled=True)
-        row = dict(zip(("target", "weight"), model.target(inputs)))
-        row |= {name: inputs[name] for name in ("codes",) if name in inputs}
-        row = {name: value.cpu().numpy() for name, value in row.items()}
-        rows.append(row | {"dataset": batch["dataset"]})
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
 def baseline_of(known: dict) -> dict:
@@ -749,23 +722,18 @@ def errors(val: dict, baseline: dict) -> dict:
     """Squared and absolute error and cosine of predicted vectors, beside those of the mean vector
     of training; target_r2: the share of that one's squared error which is explained."""
     target, weight = val["target"], val["weight"]
+    count = max(weight.sum(), 1e-9)
     guesses = {name: val[f"prediction{name}"] for name in SWAPPED}
     guesses["_mean"] = np.broadcast_to(baseline["mean"], target.shape)
     out = {}
     for name, guess in guesses.items():
         error = (guess - target) * weight
-        out[f"mse{name}"] = (error ** 2).sum() / weight.sum()
-        out[f"mae{name}"] = np.abs(error).sum() / weight.sum()
+        out[f"mse{name}"] = (error ** 2).sum() / count
+        out[f"mae{name}"] = np.abs(error).sum() / count
         out[f"cosine{name}"] = cosine(guess * weight, target * weight).mean()
     for name in SWAPPED:
         out[f"target_r2{name}"] = 1 - out[f"mse{name}"] / max(out["mse_mean"], 1e-12)
     return out
-
-
-def cosine(x, y):
-    """Of rows (N, n): (N,)"""
-    lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    return (x * y).sum(1) / lengths.clip(1e-9)
 
 
 def accuracies(val: dict, baseline: dict) -> dict:
@@ -804,26 +772,6 @@ def population(val: dict, baseline: dict) -> dict:
     return out
 
 
-def histograms(codes: np.ndarray, K: int) -> np.ndarray:
-    """Of each position of codes (M, S), (S, K)."""
-    return np.stack([np.bincount(column, minlength=K) for column in codes.T])
-
-
-def entropy_of(count: np.ndarray) -> np.ndarray:
-    """Of histograms (S, K), in nats: (S,)"""
-    share = count / count.sum(1, keepdims=True).clip(1)
-    return -(share * np.log(share.clip(1e-12))).sum(1)
-
-
-def divergences(count: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """KL from histograms (S, K) to the true ones, each code counted half a time more so that none
-    is impossible, and Jensen-Shannon, in nats: (S,) each."""
-    p, q = ((x + 0.5) / (x + 0.5).sum(1, keepdims=True) for x in (count, true))
-    kl = (p * np.log(p / q)).sum(1)
-    p, q = (x / x.sum(1, keepdims=True).clip(1) for x in (count, true))
-    return kl, entropy_of((p + q) / 2) - (entropy_of(p) + entropy_of(q)) / 2
-
-
 def action_probes(val: dict, fits: dict) -> dict:
     """What the trunk knows about actions, where the dataset has them: held-out R2 of a kernel ridge
     from the prediction and from the readout to action chunks, fitted on 2 training episodes a task
@@ -834,105 +782,6 @@ def action_probes(val: dict, fits: dict) -> dict:
             if (value := action_r2(fit, val, feature)) is not None:
                 out[f"action_r2_{label}_{feature}"] = value
     return out
-
-
-FEWEST = 16                                 # samples of a dataset of which something can be said
-
-
-def action_r2(fit: dict, val: dict, feature: str) -> float | None:
-    """Held-out R2 of action chunks read from a feature; None without labelled rows of two
-    episodes."""
-    mine, its = fit["whole"], val["whole"]
-    if min(mine.sum(), its.sum()) < FEWEST or len(np.unique(fit["episode"][mine])) < 2:
-        return None
-    x, y = (torch.from_numpy(fit[name][mine]) for name in (feature, "actions"))
-    x_val, y_val = (torch.from_numpy(val[name][its]) for name in (feature, "actions"))
-    prediction = KernelRidge([x], y, fit["episode"][mine])([x_val])
-    return r2_of_all(prediction, y_val, y.std(0).clamp(min=1e-3))
-
-
-class KernelRidge:
-    """Ridge regression of y (M, m) on features [x1 (M, n1), ...] with a Gaussian kernel, in closed
-    form: what few labels can say. map(features) -> y; float64.
-
-    Each feature counts by its own mean square. Kernel width and penalty are those of the least
-    error on left-out episodes, which needs no second fit: with G = (K + penalty)^-1 and c = G y,
-    rows o have the residuals G_oo^-1 c_o when they are left out. r2: explained share of the
-    variance of left-out episodes.
-    """
-
-    most = 2048                                                         # rows that it is fitted on
-
-    def __init__(self, features: list, y: torch.Tensor, episode: np.ndarray):
-        rows = np.random.default_rng(0).permutation(len(y))[:self.most]
-        features, y = [x[rows].double() for x in features], y[rows].double()
-        episode = episode[rows]
-        self.center, self.mean = [x.mean(0) for x in features], y.mean(0)
-        self.rows = [x - center for x, center in zip(features, self.center)]
-        self.unit = [x.square().sum(1).mean() + 1e-12 for x in self.rows]
-        members = [torch.from_numpy(np.flatnonzero(episode == e)) for e in np.unique(episode)]
-        best, distance, y = math.inf, self.distance(features), y - self.mean
-        for width in (0.1, 0.3, 1.0):
-            values, vectors = torch.linalg.eigh((-width * distance).exp())
-            projected = vectors.T @ y
-            for penalty in (0.1, 0.3, 1.0):
-                inverse = vectors / (values + penalty)
-                weights, error = inverse @ projected, 0.0
-                for o in members:
-                    residual = torch.linalg.solve(inverse[o] @ vectors[o].T, weights[o])
-                    error += residual.square().sum().item()
-                if error < best:
-                    best, self.width, self.weights = error, width, weights
-        self.r2 = 1 - best / max(y.square().sum().item(), 1e-12)
-
-    def distance(self, features: list) -> torch.Tensor:
-        """Squared, from Q rows to those of the fit, (Q, M)."""
-        total = 0.0
-        for x, center, rows, unit in zip(features, self.center, self.rows, self.unit):
-            total = total + torch.cdist(x.to(rows) - center, rows).square() / unit
-        return total
-
-    def __call__(self, features: list) -> torch.Tensor:
-        return self.mean + (-self.width * self.distance(features)).exp() @ self.weights
-
-
-def r2_of_all(prediction, y, unit) -> float:
-    """Explained share of the variance of y (M, m), its columns in their units (m,)."""
-    left = ((prediction - y) / unit).square().sum()
-    return 1 - (left / ((y - y.mean(0)) / unit).square().sum()).item()
-
-
-def resampled(val: dict, baseline: dict, draws: int = 1000) -> dict:
-    """{metric: (draws,)} on as many samples of the held-out episodes, with replacement: always the
-    same ones, so that two evaluations can be compared draw by draw."""
-    _, episode = np.unique(val["episode"], return_inverse=True)
-    n = episode.max() + 1
-    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)       # (draws, n)
-
-    def total(x):
-        return times @ np.bincount(episode, x, n)                       # (M,) -> (draws,)
-    mse, mse_mean = (((guess - val["target"]) * val["weight"]) ** 2
-                     for guess in (val["prediction"], baseline["mean"]))
-    out = {"target_r2": 1 - total(mse.sum(1)) / total(mse_mean.sum(1)).clip(1e-12)}
-    if "likeliest" in val:
-        right = val["likeliest"][..., 0] == val["codes"]                # (M, S)
-        out["accuracy"] = total(right.mean(1)) / total(np.ones(len(right)))
-    return out
-
-
-def mean_of_datasets(each: dict) -> dict:
-    """{dataset: {metric: value}} -> {metric: its mean over those that have it}"""
-    names = dict.fromkeys(name for metrics in each.values() for name in metrics)
-    return {name: np.mean([m[name] for m in each.values() if name in m], 0) for name in names}
-
-
-def mix_of(dataset: np.ndarray, names, key: str) -> dict:
-    """Each dataset's share of the samples (M,), how many datasets there are and how evenly, their
-    entropy as a share of the largest possible one."""
-    share = np.bincount(dataset, minlength=len(names)) / len(dataset)
-    evenness = entropy_of(share[None])[0] / max(math.log(len(names)), 1e-9)
-    return {f"{key}_unique": (share > 0).sum(), f"{key}_entropy": evenness,
-            **{f"{name}/{key}": value for name, value in zip(names, share)}}
 
 
 def describe(m: dict) -> str:
@@ -961,30 +810,6 @@ def describe(m: dict) -> str:
     return "\n  ".join([*lines, *table_of(m), verdict(m)[1]])
 
 
-def datasets_of(m: dict) -> list[str]:
-    """Prefixes of the metrics of each dataset; one that is empty, where there is one dataset."""
-    return [key.removesuffix("mse_mean") for key in m if key.endswith("/mse_mean")] or [""]
-
-
-COLUMNS = {"mix": "share", "accuracy": "top-1", "accuracy_majority": "majority",
-           "accuracy_image_only": "image", "accuracy_instruction_only": "instruction",
-           "target_r2": "R2", "samples": "samples"}
-
-
-def table_of(m: dict) -> list[str]:
-    """A line a dataset, where there are several."""
-    prefixes = datasets_of(m)
-    keys = [key for key in COLUMNS if f"{prefixes[0]}{key}" in m]
-    if prefixes == [""]:
-        return []
-    width = max(map(len, prefixes))
-    lines = [[" " * width] + [f"{COLUMNS[key]:>11}" for key in keys]]
-    for prefix in prefixes:
-        values = [f"{m[prefix + key]:11.{0 if key == 'samples' else 3}f}" for key in keys]
-        lines.append([prefix[:-1].ljust(width), *values])
-    return ["".join(line) for line in lines]
-
-
 def verdict(m: dict) -> tuple[bool, str]:
     """Are predictions of every dataset better than what takes no learning? A dataset with too few
     samples is not judged."""
@@ -993,6 +818,8 @@ def verdict(m: dict) -> tuple[bool, str]:
         better, worse, what = "mse_mean", "mse", "mean vector"
     judged = [x for x in datasets_of(m) if m[f"{x}samples"] >= FEWEST]
     bad = [x for x in judged if m[x + better] < m[x + worse]]
+    if not judged:
+        return True, f"no verdict: no dataset has {FEWEST} held-out samples (--eval-batches)"
     if not bad:
         return True, f"no worse than the {what} on any of {len(judged)} datasets"
     names = ", ".join(x[:-1] for x in bad if x)
@@ -1220,6 +1047,184 @@ def flops_a_sample(model: LatentPolicy, loader, inputs_of, device) -> int:
     batch = data_oxe.to_device(next(loader.peek(1)), device, loader.image_size)
     two = {name: x[:2] for name, x in inputs_of(batch).items()}
     return flops_of(model, lambda: model(two)) // 2
+
+
+# ------------------------------------------------------------ what an evaluation computes
+@torch.no_grad()
+def labels_of(model: LatentPolicy, cfg: Config, inputs_of, loader) -> dict:
+    """Of a loader's first batches, arrays of M rows: target and weight (M, N), codes (M, S)."""
+    rows, device = [], next(model.parameters()).device
+    for batch in loader.peek(cfg.eval_batches):
+        inputs = inputs_of(data_oxe.to_device(batch, device, loader.image_size), labelled=True)
+        row = dict(zip(("target", "weight"), model.target(inputs)))
+        row |= {name: inputs[name] for name in ("codes",) if name in inputs}
+        row = {name: value.cpu().numpy() for name, value in row.items()}
+        rows.append(row | {"dataset": batch["dataset"]})
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def another_of_its_dataset(dataset: np.ndarray) -> np.ndarray:
+    """For each of B samples the number of another one of its dataset, where there is one: (B,)"""
+    other = np.arange(len(dataset))
+    for i in np.unique(dataset):
+        rows = np.flatnonzero(dataset == i)
+        other[rows] = np.roll(rows, 1)
+    return other
+
+
+def rows_of(samples: dict, dataset: int) -> dict:
+    """Of what collect() gives, one dataset's rows."""
+    rows = samples["dataset"] == dataset
+    return {name: value[rows] for name, value in samples.items()}
+
+
+def cosine(x, y):
+    """Of rows (N, n): (N,)"""
+    lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    return (x * y).sum(1) / lengths.clip(1e-9)
+
+
+def histograms(codes: np.ndarray, K: int) -> np.ndarray:
+    """Of each position of codes (M, S), (S, K)."""
+    return np.stack([np.bincount(column, minlength=K) for column in codes.T])
+
+
+def entropy_of(count: np.ndarray) -> np.ndarray:
+    """Of histograms (S, K), in nats: (S,)"""
+    share = count / count.sum(1, keepdims=True).clip(1)
+    return -(share * np.log(share.clip(1e-12))).sum(1)
+
+
+def divergences(count: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """KL from histograms (S, K) to the true ones, each code counted half a time more so that none
+    is impossible, and Jensen-Shannon, in nats: (S,) each."""
+    p, q = ((x + 0.5) / (x + 0.5).sum(1, keepdims=True) for x in (count, true))
+    kl = (p * np.log(p / q)).sum(1)
+    p, q = (x / x.sum(1, keepdims=True).clip(1) for x in (count, true))
+    return kl, entropy_of((p + q) / 2) - (entropy_of(p) + entropy_of(q)) / 2
+
+
+FEWEST = 16                                 # samples of a dataset of which something can be said
+
+
+def action_r2(fit: dict, val: dict, feature: str) -> float | None:
+    """Held-out R2 of action chunks read from a feature; None without labelled rows of two
+    episodes."""
+    mine, its = fit["whole"], val["whole"]
+    if min(mine.sum(), its.sum()) < FEWEST or len(np.unique(fit["episode"][mine])) < 2:
+        return None
+    x, y = (torch.from_numpy(fit[name][mine]) for name in (feature, "actions"))
+    x_val, y_val = (torch.from_numpy(val[name][its]) for name in (feature, "actions"))
+    prediction = KernelRidge([x], y, fit["episode"][mine])([x_val])
+    return r2_of_all(prediction, y_val, y.std(0).clamp(min=1e-3))
+
+
+class KernelRidge:
+    """Ridge regression of y (M, m) on features [x1 (M, n1), ...] with a Gaussian kernel, in closed
+    form: what few labels can say. map(features) -> y; float64.
+
+    Each feature counts by its own mean square. Kernel width and penalty are those of the least
+    error on left-out episodes, which needs no second fit: with G = (K + penalty)^-1 and c = G y,
+    rows o have the residuals G_oo^-1 c_o when they are left out. r2: explained share of the
+    variance of left-out episodes.
+    """
+
+    most = 2048                                                         # rows that it is fitted on
+
+    def __init__(self, features: list, y: torch.Tensor, episode: np.ndarray):
+        rows = np.random.default_rng(0).permutation(len(y))[:self.most]
+        features, y = [x[rows].double() for x in features], y[rows].double()
+        episode = episode[rows]
+        self.center, self.mean = [x.mean(0) for x in features], y.mean(0)
+        self.rows = [x - center for x, center in zip(features, self.center)]
+        self.unit = [x.square().sum(1).mean() + 1e-12 for x in self.rows]
+        members = [torch.from_numpy(np.flatnonzero(episode == e)) for e in np.unique(episode)]
+        best, distance, y = math.inf, self.distance(features), y - self.mean
+        for width in (0.1, 0.3, 1.0):
+            values, vectors = torch.linalg.eigh((-width * distance).exp())
+            projected = vectors.T @ y
+            for penalty in (0.1, 0.3, 1.0):
+                inverse = vectors / (values + penalty)
+                weights, error = inverse @ projected, 0.0
+                for o in members:
+                    residual = torch.linalg.solve(inverse[o] @ vectors[o].T, weights[o])
+                    error += residual.square().sum().item()
+                if error < best:
+                    best, self.width, self.weights = error, width, weights
+        self.r2 = 1 - best / max(y.square().sum().item(), 1e-12)
+
+    def distance(self, features: list) -> torch.Tensor:
+        """Squared, from Q rows to those of the fit, (Q, M)."""
+        total = 0.0
+        for x, center, rows, unit in zip(features, self.center, self.rows, self.unit):
+            total = total + torch.cdist(x.to(rows) - center, rows).square() / unit
+        return total
+
+    def __call__(self, features: list) -> torch.Tensor:
+        return self.mean + (-self.width * self.distance(features)).exp() @ self.weights
+
+
+def r2_of_all(prediction, y, unit) -> float:
+    """Explained share of the variance of y (M, m), its columns in their units (m,)."""
+    left = ((prediction - y) / unit).square().sum()
+    return 1 - (left / ((y - y.mean(0)) / unit).square().sum()).item()
+
+
+def resampled(val: dict, baseline: dict, draws: int = 1000) -> dict:
+    """{metric: (draws,)} on as many samples of the held-out episodes, with replacement: always the
+    same ones, so that two evaluations can be compared draw by draw."""
+    _, episode = np.unique(val["episode"], return_inverse=True)
+    n = episode.max() + 1
+    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)       # (draws, n)
+
+    def total(x):
+        return times @ np.bincount(episode, x, n)                       # (M,) -> (draws,)
+    mse, mse_mean = (((guess - val["target"]) * val["weight"]) ** 2
+                     for guess in (val["prediction"], baseline["mean"]))
+    out = {"target_r2": 1 - total(mse.sum(1)) / total(mse_mean.sum(1)).clip(1e-12)}
+    if "likeliest" in val:
+        right = val["likeliest"][..., 0] == val["codes"]                # (M, S)
+        out["accuracy"] = total(right.mean(1)) / total(np.ones(len(right)))
+    return out
+
+
+def mean_of_datasets(each: dict) -> dict:
+    """{dataset: {metric: value}} -> {metric: its mean over those that have it}"""
+    names = dict.fromkeys(name for metrics in each.values() for name in metrics)
+    return {name: np.mean([m[name] for m in each.values() if name in m], 0) for name in names}
+
+
+def mix_of(dataset: np.ndarray, names, key: str) -> dict:
+    """Each dataset's share of the samples (M,), how many datasets there are and how evenly, their
+    entropy as a share of the largest possible one."""
+    share = np.bincount(dataset, minlength=len(names)) / len(dataset)
+    evenness = entropy_of(share[None])[0] / max(math.log(len(names)), 1e-9)
+    return {f"{key}_unique": (share > 0).sum(), f"{key}_entropy": evenness,
+            **{f"{name}/{key}": value for name, value in zip(names, share)}}
+
+
+def datasets_of(m: dict) -> list[str]:
+    """Prefixes of the metrics of each dataset; one that is empty, where there is one dataset."""
+    return [key.removesuffix("mse_mean") for key in m if key.endswith("/mse_mean")] or [""]
+
+
+COLUMNS = {"mix": "share", "accuracy": "top-1", "accuracy_majority": "majority",
+           "accuracy_image_only": "image", "accuracy_instruction_only": "instruction",
+           "target_r2": "R2", "samples": "samples"}
+
+
+def table_of(m: dict) -> list[str]:
+    """A line a dataset, where there are several."""
+    prefixes = datasets_of(m)
+    keys = [key for key in COLUMNS if f"{prefixes[0]}{key}" in m]
+    if prefixes == [""]:
+        return []
+    width = max(map(len, prefixes))
+    lines = [[" " * width] + [f"{COLUMNS[key]:>11}" for key in keys]]
+    for prefix in prefixes:
+        values = [f"{m[prefix + key]:11.{0 if key == 'samples' else 3}f}" for key in keys]
+        lines.append([prefix[:-1].ljust(width), *values])
+    return ["".join(line) for line in lines]
 
 
 # ------------------------------------------------------------ hand-over files

@@ -1,9 +1,13 @@
 """Table of what sweep.sh ran: python3 sbatch/sweep.py OUT. A row a setting: the last validation, or
 the success of rollouts, as the mean and deviation over its seeds."""
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
+
+# metrics of one dataset or token position, of ablations and bootstraps: too many for a table
+DETAIL = re.compile(r"/|_\d|_(low|high|trend|only|mean|true|train|unique|entropy)$")
 
 
 def result_of(run: Path) -> dict:
@@ -23,7 +27,8 @@ def main(out: Path):
         setting, _, rest = line.partition(" --seed ")
         found = result_of(Path(rest.partition(" --out ")[2]))
         settings.setdefault(setting.strip(), []).extend([found] if found else [])
-    names = list(dict.fromkeys(name for runs in settings.values() for run in runs for name in run))
+    names = list(dict.fromkeys(name for runs in settings.values() for run in runs for name in run
+                               if not DETAIL.search(name)))
     lines = [f"| setting | runs | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
     for setting, runs in settings.items():
         cells = []
