@@ -616,7 +616,8 @@ class Evaluation:
 
     def __init__(self, model: LatentPolicy, cfg: Config, loaders: dict, inputs_of):
         self.collect = partial(collect, model, cfg, inputs_of)
-        self.loaders, self.names, self.before = loaders, loaders["val"].names, {}
+        self.loaders, self.names = loaders, loaders["val"].names
+        self.first, self.before = {}, {}                    # metrics, resampled scores
         known = labels_of(model, cfg, inputs_of, loaders["many"])
         present = np.unique(known["dataset"])
         self.baselines = {i: baseline_of(rows_of(known, i)) for i in present}
@@ -638,6 +639,7 @@ class Evaluation:
         if len(self.names) > 1:
             metrics |= mix_of(val["dataset"], self.names, "mix") | self.mix
             metrics |= {f"{name}/{key}": x for name, m in each.items() for key, x in m.items()}
+        self.first = self.first or metrics
         return metrics
 
     def intervals(self, draws: dict) -> dict:
@@ -886,14 +888,13 @@ def main(cfg: Config) -> int:
     log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
     save = Saver(cfg, model, optimizer, loader)
     evaluate = Evaluation(model, cfg, loaders, inputs_of)
-    stop_flag, batches, first = StopFlag(cfg, device), batches_of(cfg, loader, device), None
+    stop_flag, batches = StopFlag(cfg, device), batches_of(cfg, loader, device)
 
     for step in range(start, cfg.steps + 1):                            # one more: evaluates, saves
         stop, last = stop_flag(step), step == cfg.steps
         if not stop and (last or step % cfg.eval_every == 0):
             with log.paused():
                 metrics = evaluate()
-                first = first or metrics
             log.validation(step, metrics, describe(metrics))
         if stop or last or (step > start and step % cfg.save_every == 0):
             with log.paused():
@@ -920,7 +921,7 @@ def main(cfg: Config) -> int:
 
     if rank == 0 and not stop:
         export(model, cfg, cfg.steps, tokenizer, labeller.manifest)
-        log.print(f"trunk and latent head: {cfg.out}/stage2\n{report_card(first, metrics)}")
+        log.print(f"trunk and latent head: {cfg.out}/stage2\n{report_card(evaluate.first, metrics)}")
     return log.close(stop)
 
 
@@ -2197,7 +2198,8 @@ def find(cfg: Config) -> tuple[Findings, dict, int]:
     inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
                         tokens=Tokens(tokenizer, cfg.text_len), device=device)
     load = partial(data_oxe.Loader, image_size=max(labeller.image_size, trunk.image_size),
-                   horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk)
+                   horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk,
+                   consecutive=cfg.latent_chunk)
     loaders = evaluation_loaders(cfg, load)
     model = make_model(cfg, trunk, labeller, loaders["many"], device)
     model.load_state_dict(state["model"])
@@ -2216,7 +2218,7 @@ def find(cfg: Config) -> tuple[Findings, dict, int]:
 
 @torch.no_grad()
 def look_at(model: LatentPolicy, cfg: Config, inputs_of, loader) -> dict:
-    """Of a loader's first batches: frames uint8 (M, 2, H, H, 3), instruction, dataset, episode,
+    """Of a loader's first batches: frames uint8 (M, 1 + n, H, H, 3), instruction, dataset, episode,
     step and, where there are codes, codes (M, S) and the model's scores of each (M, S, K)."""
     rows, device = [], next(model.parameters()).device
     model.eval()
@@ -2260,7 +2262,8 @@ def load_decoder(laq_ckpt: str, labeller, device):
     off = (module(frames, codes).int() - images.int()).abs().max().item()
     if off > 2:                                                         # grey levels: of rounding
         fail(f"'{path}': the probe gives pictures that are {off} grey levels off")
-    return lambda frames, codes: module(data_oxe.resize_to(frames, size), codes)
+    S = len(codebook)                                                   # of the first pair
+    return lambda frames, codes: module(data_oxe.resize_to(frames, size), codes[:, :S])
 
 
 def plot_trend(f: Findings):
