@@ -921,7 +921,7 @@ def main(cfg: Config) -> int:
 
     if rank == 0 and not stop:
         export(model, cfg, cfg.steps, tokenizer, labeller.manifest)
-        log.print(f"trunk and latent head: {cfg.out}/stage2\n{report_card(evaluate.first, metrics)}")
+        log.print(f"trunk and head: {cfg.out}/stage2\n{report_card(evaluate.first, metrics)}")
     return log.close(stop)
 
 
