@@ -216,9 +216,10 @@ def test_iteration_0_acts_and_the_best_weights_are_kept(at_the_start):
         assert torch.equal(value, best.get_parameter(name)), name
 
 
-def test_video_is_decoded(data, at_the_start):
+def test_video_is_decoded(data, at_the_start, monkeypatch):
     """From latents that hold the actions, held-out actions come back, better than from pictures;
     of a video batch neither actions nor state are looked at."""
+    monkeypatch.setattr(finetune, "shaken", lambda frames: frames)      # these are known by heart
     model, cfg, tokens, val = at_the_start
     chunks, mix = {}, torch.randn(32, 24)
     for episode in tfds.builder_from_directory(
@@ -251,6 +252,22 @@ def test_video_is_decoded(data, at_the_start):
     assert near < 0.3 * far
     parts = model({name: torch.cat([labelled[name], inputs[name]]) for name in inputs})
     assert min(parts["labelled"], parts["video"]) > 0
+
+
+def test_labelled_pairs_are_also_seen_shaken():
+    """Each picture moves as a whole by up to 1/32 of its side and is up to a tenth lighter."""
+    torch.manual_seed(0)
+    frames = torch.zeros(64, 2, 64, 64, 3, dtype=torch.uint8)
+    frames[:, :, 30:34, 30:34] = 200
+    shaken = finetune.shaken(frames)
+    assert shaken.shape == frames.shape and shaken.dtype == torch.uint8
+    light = shaken.amax((2, 3))                                         # (64, 2, 3)
+    assert light.min() >= 180 and light.max() <= 220 and len(light.unique()) > 20
+    rows, columns = (shaken[..., 0].amax(axis).bool() for axis in (3, 2))           # (64, 2, 64)
+    assert (rows.sum(2) == 4).all() and (columns.sum(2) == 4).all()
+    moved = rows.int().argmax(2) - 30                                   # (64, 2)
+    assert set(moved.unique().tolist()) == {-2, -1, 0, 1, 2}
+    assert (moved[:, 0] != moved[:, 1]).any()
 
 
 # ------------------------------------------------------------ controls
