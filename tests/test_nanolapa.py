@@ -112,15 +112,22 @@ def test_processes_and_micro_batches_do_not_change_training(same_episodes, data,
 
 @pytest.mark.parametrize("stage", ["vla", "finetune"])
 def test_torchrun(stage, data, stages, tmp_path):
-    args = [*stage_args(stage, data, stages), "--steps", 3]
-    run(f"{stage}.py", *args, "--out", tmp_path, processes=2)
+    args = [*stage_args(stage, data, stages), "--out", tmp_path, "--steps", 3, "--keep-every", 2,
+            "--scratch", tmp_path / "disk"]
+    run(f"{stage}.py", *args, processes=2)
     assert len(metrics(tmp_path, "loss", "samples_per_s", "data_wait", "mfu")["mfu"]) == 3
     assert (tmp_path / {"vla": "stage2", "finetune": "policy"}[stage] / "manifest.json").exists()
+    assert {path.name for path in tmp_path.glob("*.pt")} >= {"last.pt", "step_00000002.pt"}
     if stage == "finetune":                                 # a rank has its own place in the data
         places = torch.load(tmp_path / "last.pt", weights_only=True)["data"]
         assert [[p["rank"] for p in both] for both in places] == [[0, 0], [1, 1]]
+        disk = tmp_path / "disk" / f"nanolapa_{(tmp_path / 'run_id').read_text()}"
+        disk.mkdir(parents=True)                            # as if the node had died at the end
+        (tmp_path / "last.pt").rename(disk / "last.pt")
+        (tmp_path / "best.pt").unlink()
+        run(f"{stage}.py", *args, "--resume", "auto", processes=2)
+        assert (tmp_path / "step_00000003.pt").exists() and (tmp_path / "last.pt").exists()
         resume = [*args, "--resume", tmp_path / "last.pt"]
-        run(f"{stage}.py", *resume, processes=2)
         with pytest.raises(SystemExit, match="was saved by 2 processes, these are 1"):
             finetune.main(tyro.cli(finetune.Config, args=[*map(str, resume)]))
 
