@@ -254,8 +254,8 @@ class Decoder:
 
 
 def shaken(frames, shift: float = 1 / 32, light: float = 0.1):
-    """uint8 (B, T, H, W, 3): each picture moved by up to this share of its side, each of its colours
-    lighter or darker by up to this share. What was done depends on neither."""
+    """uint8 (B, T, H, W, 3): each picture moved by up to this share of its side, each of its
+    colours lighter or darker by up to this share. What was done depends on neither."""
     images = frames.flatten(0, 1).permute(0, 3, 1, 2).float()                       # (B*T, 3, H, W)
     random = 2 * torch.rand(len(images), 5, device=images.device) - 1               # -1..1
     move = torch.eye(2, 3).to(images).repeat(len(images), 1, 1)
