@@ -889,9 +889,8 @@ def main(cfg: Config) -> int:
     flops = flops_a_sample(model, loaders["val"], inputs_of, device)
     log = Logger(cfg, rank, world, start, flops, device)
     log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
-    save = Saver(cfg, model, optimizer, loader)
-    evaluate = Evaluation(model, cfg, loaders, inputs_of)
-    stop_flag, batches = StopFlag(cfg, device), batches_of(cfg, loader, device)
+    save, stop_flag = Saver(cfg, model, optimizer, loader), StopFlag(cfg, device)
+    evaluate, batches = Evaluation(model, cfg, loaders, inputs_of), batches_of(cfg, loader, device)
 
     for step in range(start, cfg.steps + 1):                            # one more: evaluates, saves
         stop, last = stop_flag(step), step == cfg.steps
