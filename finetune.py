@@ -1125,8 +1125,8 @@ def load_trunk(cfg, stage2: str = "") -> tuple[Trunk, object]:
 
 
 def pretrained(what: str, kind, name: str, **options):
-    """kind.from_pretrained of transformers; exits where weights are absent or do not fit. Of several
-    processes rank 0 reads the weights and sends them: on the others they never fill host memory."""
+    """kind.from_pretrained of transformers; exits where weights are absent or do not fit. Rank 0
+    reads them and sends them to the other processes, whose host memory they never fill."""
     is_model, rank = issubclass(kind, PreTrainedModel), int(os.environ.get("RANK", 0))
     if is_model and not rank:
         options |= dict(dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
@@ -1155,7 +1155,9 @@ def pretrained(what: str, kind, name: str, **options):
     if missing:
         fail(f"weights of '{name}' lack {len(missing)} tensors of a {what}, the first is "
              f"{missing[0]}")
-    return same_on_all_ranks(model.to(find_device())) if dist.is_initialized() else model
+    if dist.is_initialized():
+        same_on_all_ranks(model.to(find_device()))
+    return model
 
 
 def keep_layers(vlm, layers: int | None):
@@ -1401,7 +1403,8 @@ def shard(model: nn.Module, cfg) -> nn.Module:
     """--parallel fsdp, in place (FSDP2; ZeRO, 1910.02054): of each parameter, its gradient and its
     moments a process holds some rows. A layer's parameters are whole while it runs, in bfloat16
     with that --dtype, and what it computes is computed again for the backward pass; the others are
-    whole during the model's forward and backward, in float32. Frozen parameters and LoRA's are as
+    whole during the model's forward and backward, in float32. Gradients are averaged at each
+    micro-batch: those of whole parameters would not fit. Frozen parameters and LoRA's (peft) are as
     others. A process alone has nothing to share, but computes layers twice all the same.
 
     model.layers() -> transformer layers; entries: names of the methods beside forward that are

@@ -1140,6 +1140,8 @@ def check(cfg: Config):
     if cfg.image_size < multiple or cfg.image_size % multiple:
         fail(f"--image-size {cfg.image_size} must be a multiple of {multiple} "
              f"(--size {cfg.size} --arch {cfg.arch})")
+    if cfg.parallel == "fsdp" and cfg.arch == "cnn":
+        fail("--parallel fsdp divides transformer layers, --arch cnn has none; give --parallel ddp")
     levels = " ".join(map(str, cfg.levels))
     if cfg.quantizer == "fsq" and math.prod(cfg.levels) != cfg.codes:
         fail(f"--levels {levels} make {math.prod(cfg.levels)} codes, --codes is {cfg.codes}")
@@ -1483,7 +1485,8 @@ def shard(model: nn.Module, cfg) -> nn.Module:
     """--parallel fsdp, in place (FSDP2; ZeRO, 1910.02054): of each parameter, its gradient and its
     moments a process holds some rows. A layer's parameters are whole while it runs, in bfloat16
     with that --dtype, and what it computes is computed again for the backward pass; the others are
-    whole during the model's forward and backward, in float32. Frozen parameters and LoRA's are as
+    whole during the model's forward and backward, in float32. Gradients are averaged at each
+    micro-batch: those of whole parameters would not fit. Frozen parameters and LoRA's (peft) are as
     others. A process alone has nothing to share, but computes layers twice all the same.
 
     model.layers() -> transformer layers; entries: names of the methods beside forward that are

@@ -17,7 +17,7 @@ import pytest
 import tensorflow_datasets as tfds
 import torch
 import tyro
-from common import ROOT, TASKS, TINY, expert_pictures, metrics, run, run_here, stage_args, start
+from common import ROOT, TASKS, TINY, expert_pictures, metrics, run, run_here, start
 
 import data_oxe
 import finetune
@@ -293,6 +293,7 @@ def test_pictures_are_resized_as_the_loader_does():
     ("laq.py", ["--data", "DATA", "--image-size", "50"], "--image-size 50 must be a multiple of 8"),
     ("laq.py", ["--data", "DATA", "--quantizer", "fsq", "--levels", "5", "3"],
      "make 15 codes, --codes is 64"),
+    ("laq.py", ["--parallel", "fsdp", "--arch", "cnn"], "--arch cnn has none; give --parallel ddp"),
     ("laq.py", ["--data", "DATA", "--final-lr", "2"], "--final-lr 2.0 is a share"),
     ("laq.py", ["--data", "DATA", "--features", "/nowhere"], "--features '/nowhere'"),
     ("laq.py", ["--data", "DATA", "--flow-teacher", "raft"], "raft needs torchvision"),
