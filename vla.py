@@ -2686,6 +2686,7 @@ def show(ax, image: np.ndarray, title: str = ""):
 
 def stored_config(path: str) -> Config:
     """The settings of a checkpoint, as defaults for its analysis in its own folder."""
+    check_whole(path, "--analyze")
     stored = read_checkpoint(path, "--analyze")["config"]
     known = {f.name: stored[f.name] for f in fields(Config) if f.name in stored}
     return Config(**{**known, "out": str(Path(path).parent)})

@@ -25,8 +25,9 @@ while [ "${1:---}" != -- ]; do slurm+=("$1"); shift; done
 options=("${@:2}")
 
 if [ "$how" = --smoke ]; then
-  DATA=$OUT/data LAQ=$OUT/laq/laq.pt2 RATES="1e-3 1e-4"
-  ONE=metaworld_corner4 THREE=metaworld_corner4,metaworld_corner,metaworld_topview MIX=$THREE
+  DATA=$OUT/data LAQ=$OUT/laq/laq.pt2 RATES="3e-4 1e-4"
+  ONE=metaworld_corner4 THREE=metaworld_corner4,metaworld_corner,metaworld_topview
+  MIX=metaworld_corner4:0.6,metaworld_corner:0.2,metaworld_topview:0.2
   tiny="--batch-size 8 --eval-batches 1 --log-every 1"
   options=(--steps 8 --eval-every 4 $tiny "${options[@]}")
   for camera in corner4 corner topview; do

@@ -17,7 +17,7 @@ import pytest
 import tensorflow_datasets as tfds
 import torch
 import tyro
-from common import ROOT, TASKS, TINY, expert_pictures, metrics, run, run_here, start
+from common import ROOT, TASKS, TINY, expert_pictures, metrics, run, run_here, stage_args, start
 
 import data_oxe
 import finetune
@@ -104,6 +104,23 @@ def test_micro_batches_do_not_change_training(data, tmp_path):
     a, b = (metrics(tmp_path / x, "loss", "pixel", "grad_norm") for x in ("whole", "pieces"))
     for key in a:
         np.testing.assert_allclose([*b[key].values()], [*a[key].values()], rtol=5e-3)
+
+
+def test_torchrun(data, stages, tmp_path):
+    args = [*stage_args("finetune", data, stages), "--out", tmp_path, "--steps", 3,
+            "--keep-every", 2, "--scratch", tmp_path / "disk"]
+    run("finetune.py", *args, processes=2)
+    assert len(metrics(tmp_path, "loss", "samples_per_s", "data_wait", "mfu")["mfu"]) == 3
+    assert (tmp_path / "policy/manifest.json").exists()
+    assert {path.name for path in tmp_path.glob("*.pt")} >= {"last.pt", "step_00000002.pt"}
+    places = torch.load(tmp_path / "last.pt", weights_only=True)["data"]
+    assert [[p["rank"] for p in both] for both in places] == [[0, 0], [1, 1]]
+    disk = tmp_path / "disk" / f"nanolapa_{(tmp_path / 'run_id').read_text()}"
+    disk.mkdir(parents=True)                                # as if the node had died at the end
+    (tmp_path / "last.pt").rename(disk / "last.pt")
+    (tmp_path / "best.pt").unlink()
+    run("finetune.py", *args, "--resume", "auto", processes=2)
+    assert (tmp_path / "step_00000003.pt").exists() and (tmp_path / "last.pt").exists()
 
 
 def test_ranks_that_fail_end_the_job(same_episodes, tmp_path):
