@@ -176,6 +176,8 @@ class Loader:
         block_bytes = 1e6 * held_mb / 2                         # the next block is read meanwhile
         draws = int(block_bytes / np.average(pair_bytes, weights=per_draw))
         self.block_size = max(1, min(draws, self.faults.episodes))
+        self.block_pairs = self.block_size * np.average([p.pairs for p in self.plans],
+                                                        weights=per_draw)
         self.position = (0, 0)                                  # block, pairs taken of it
         self.drawn = (0, np.zeros(len(self.plans), int))        # block, draws of each before it
         self.identity = {
@@ -253,6 +255,10 @@ class Loader:
         self.position = tuple(state["position"])
         self.drawn = self.position[0], np.array(state["drawn"])
         self.faults.bad = {(dataset, episode): where for dataset, episode, where in state["bad"]}
+
+    def skip(self, batches: int):
+        """Starts at the block that holds about the pair after so many batches."""
+        self.position = int(batches * self.batch_size / self.block_pairs), 0
 
     # ---------------------------------------- the stream
     def choices(self, block):

@@ -56,8 +56,11 @@ import torch.nn.functional as F
 import tyro
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -136,6 +139,7 @@ class Config(data_oxe.DataConfig):
     grad_clip: float = 1.0                  # maximum gradient norm
     dtype: Literal["float32", "bfloat16"] = "float32"   # bfloat16: autocast
     compile: bool = False                   # torch.compile the model's forward and backward
+    parallel: Literal["ddp", "fsdp"] = "ddp"    # each process holds the model, or a share of it
 
     # run
     eval_every: int = 400                   # steps between validations
@@ -157,6 +161,8 @@ class LAQ(nn.Module):
 
     encode(frames uint8 (B, 2, H, H, 3)) -> codes int64 (B, S), vectors float32 (B, S, D)
     """
+
+    entries = "labels", "next_frame"                                    # see shard
 
     def __init__(self, cfg: Config, feature_dim: int = 0, action_dim: int = 0, datasets: int = 1):
         super().__init__()
@@ -221,6 +227,12 @@ class LAQ(nn.Module):
         latents = self.outputs(frames)
         codes = self.quantizer.codes(latents)
         return codes, self.quantizer.lookup(codes), latents
+
+    def next_frame(self, a, latent):
+        return self.decoder(a, latent)[0]                               # (B, 3, H, H)
+
+    def layers(self) -> list[nn.Module]:
+        return [*self.encoder.blocks, *self.decoder.blocks]
 
     def pixel_weight(self, a, b):
         """(B, 1, H, H): more where the frames differ; of mean 1 in each sample, so that samples
@@ -491,13 +503,15 @@ class VQ(Quantizer):
         seeds one code at most, so that with few outputs some codes wait for the next time."""
         rare = (self.usage < 0.25 / self.cfg.codes) | everything        # (S, K)
         order, moved = torch.randperm(len(z)).to(z.device), 0
+        vectors = joined(self.vectors.data)
         for token in range(self.cfg.tokens):
             code = rare[token].nonzero().flatten()[:len(z)]
-            self.vectors[token, code] = z[order[:len(code)], token]
+            vectors[token, code] = z[order[:len(code)], token]
             self.usage[token, code] = 1.0 / self.cfg.codes
             moved += len(code)
         if dist.is_initialized():
-            dist.broadcast(self.vectors.data, 0)
+            dist.broadcast(vectors, 0)
+        self.vectors.copy_(divided(vectors, self.vectors))
         return moved
 
 
@@ -538,7 +552,7 @@ class FSQ(Quantizer):
         return torch.einsum("kl,sld->skd", self.grid, self.up)          # (S, K, D)
 
     def project(self, z):
-        return torch.einsum("bsd,sdl->bsl", exact(z), exact(self.down)).float()     # (B, S, n)
+        return torch.einsum("bsd,sdl->bsl", exact(z), exact(joined(self.down))).float()
 
     def levels_of(self, z):
         """-> bounded (B, S, n) in -1..1, and the index of the nearest level."""
@@ -711,7 +725,7 @@ def decode(model: LAQ, frames, other) -> dict:
     a, b = model.to_float(frames).unbind(1)                             # (B, 3, H, H) each
     _, latent = model.encode(frames)
     latents = latent, latent[other], latent.flip(1)
-    images = [*(model.decoder(a, x)[0] for x in latents), a]
+    images = [*(model.next_frame(a, x) for x in latents), a]
     errors = [(x - b).square().mean((1, 2, 3)) for x in images]
     similarity = [ssim(x + 0.5, b + 0.5) for x in (images[0], a)]
     still_pairs = torch.stack([frames[:, 0], frames[:, 0]], 1)
@@ -1057,17 +1071,15 @@ def main(cfg: Config) -> int:
     targets = Targets(cfg, device)
     control = make_model(cfg, loader, targets, device)                  # never trained: a baseline
     model = make_model(cfg, loader, targets, device)
+    fit_to_data([control, model], cfg, loaders["many"], device)
+    flops = flops_a_sample(model, cfg, device)
+    train = wrap(model, cfg)
     optimizer = make_optimizer(cfg, model)
     start = load_checkpoint(cfg, model, optimizer, loader, rank, world) if cfg.resume else 0
     if cfg.export_only:
-        if rank == 0:
-            export(model, cfg, start, loaders["val"])
+        export(model, cfg, start, loaders["val"])
         return 0
-    fit_to_data([control] if cfg.resume else [control, model], cfg, loaders["many"], device)
-    train = DDP(model, forward_sync_buffers=False) if world > 1 else model
-    train = torch.compile(train) if cfg.compile else train
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    flops = flops_a_sample(model, cfg, device)
     log = Logger(cfg, rank, world, start, flops, device)
     log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
     save = Saver(cfg, model, optimizer, loader)
@@ -1099,7 +1111,7 @@ def main(cfg: Config) -> int:
             for name, part in {"loss": loss, **parts}.items():
                 means[name] = means.get(name, 0.0) + share * part.detach()
             seen.append((z, codes))
-        means["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        means["grad_norm"] = clip_gradients(model, cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -1109,9 +1121,8 @@ def main(cfg: Config) -> int:
             model.quantizer.reseed(z)
         log.step(step, means, batch)
 
-    if rank == 0 and not stop:
+    if not stop:
         export(model, cfg, cfg.steps, loaders["val"])
-        picture(model.eval(), cfg, loaders["val"], device)
         log.print(f"labeller {cfg.out}/laq.pt2, pictures {cfg.out}/pairs.png\n"
                   f"{report_card(metrics)}")
     return log.close(stop)
@@ -1129,6 +1140,8 @@ def check(cfg: Config):
     if cfg.image_size < multiple or cfg.image_size % multiple:
         fail(f"--image-size {cfg.image_size} must be a multiple of {multiple} "
              f"(--size {cfg.size} --arch {cfg.arch})")
+    if cfg.parallel == "fsdp" and cfg.arch == "cnn":
+        fail("--parallel fsdp divides transformer layers, --arch cnn has none; give --parallel ddp")
     levels = " ".join(map(str, cfg.levels))
     if cfg.quantizer == "fsq" and math.prod(cfg.levels) != cfg.codes:
         fail(f"--levels {levels} make {math.prod(cfg.levels)} codes, --codes is {cfg.codes}")
@@ -1221,8 +1234,12 @@ class ExportedDecoder(nn.Module):
 def export(model: LAQ, cfg: Config, step: int, loader):
     """OUT/decoder.pt2 and OUT/laq.pt2: decoder and frozen labeller as torch.export programs
     (float32, CPU), each with manifest, codebook, which ties one to the other, and a probe: inputs
-    with what they must give."""
-    model = copy.deepcopy(model).float().cpu().eval()
+    with what they must give; pairs.png. All ranks call it."""
+    model = unsharded(model)
+    if model is None:
+        return
+    model.float().eval()
+    picture(model, cfg, loader)
     probe = data_oxe.to_device(next(loader.peek(1)), "cpu", cfg.image_size)
     frames = probe["frames"][:4].clone()
     codes = model.encode(frames)[0]
@@ -1256,11 +1273,11 @@ def save_program(module: nn.Module, inputs: tuple, path: Path, manifest: dict, t
 
 
 @torch.no_grad()
-def picture(model: LAQ, cfg: Config, val_loader, device, columns: int = 8):
+def picture(model: LAQ, cfg: Config, val_loader, columns: int = 8):
     """OUT/pairs.png: held-out pairs, predictions, and frame t under the codes of the next column's
     pair."""
     batch = next(val_loader.peek(1))
-    frames = data_oxe.to_device(batch, device, cfg.image_size)["frames"][:columns]
+    frames = data_oxe.to_device(batch, "cpu", cfg.image_size)["frames"][:columns]
     codes, latent = model.encode(frames)
     a, b = model.to_float(frames).unbind(1)
     rows = {"frame t": a, "true t+k": b, "predicted": model.decoder(a, latent)[0],
@@ -1453,6 +1470,93 @@ def make_optimizer(cfg, model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
+def wrap(model: nn.Module, cfg) -> nn.Module:
+    """The model as main trains it: its gradients are means over the processes."""
+    train = model
+    if dist.is_initialized() and cfg.parallel == "ddp":
+        train = DDP(model, forward_sync_buffers=False)
+    elif cfg.parallel == "fsdp":
+        same_on_all_ranks(model)
+        shard(model, cfg)
+    return torch.compile(train) if cfg.compile else train
+
+
+def shard(model: nn.Module, cfg) -> nn.Module:
+    """--parallel fsdp, in place (FSDP2; ZeRO, 1910.02054): of each parameter, its gradient and its
+    moments a process holds some rows. A layer's parameters are whole while it runs, in bfloat16
+    with that --dtype, and what it computes is computed again for the backward pass; the others are
+    whole during the model's forward and backward, in float32. Gradients are averaged at each
+    micro-batch: those of whole parameters would not fit. Frozen parameters and LoRA's (peft) are as
+    others. A process alone has nothing to share, but computes layers twice all the same.
+
+    model.layers() -> transformer layers; entries: names of the methods beside forward that are
+    called from outside and read parameters. model.hollow is what it was, without values.
+    """
+    if cfg.parallel != "fsdp":
+        return model
+    model.__dict__["hollow"] = hollow(model)                # no part of it, so in no state_dict
+    for layer in model.layers():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
+                                preserve_rng_state=False)   # layers draw nothing
+    if not dist.is_initialized():
+        return model
+    precision = MixedPrecisionPolicy()
+    if cfg.dtype == "bfloat16":                             # between layers all is float32
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
+    for layer in model.layers():
+        fully_shard(layer, mp_policy=precision)
+    fully_shard(model, reshard_after_forward=True)
+    for name in model.entries:
+        register_fsdp_forward_method(model, name)
+    return model
+
+
+def hollow(model: nn.Module) -> nn.Module:
+    """A copy whose parameters have shapes but no values (device meta); its buffers have theirs."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+             for p in model.parameters()}
+    return copy.deepcopy(model, empty)
+
+
+def unsharded(model: nn.Module) -> nn.Module | None:
+    """A whole copy on the CPU, for rank 0; None elsewhere. All ranks call it."""
+    rank = int(os.environ.get("RANK", 0))
+    if "hollow" not in vars(model):
+        return copy.deepcopy(model).cpu() if rank == 0 else None
+    state = whole(model.state_dict(), rank == 0)
+    if rank:
+        return None
+    copied = copy.deepcopy(model.hollow)
+    copied.load_state_dict(state, assign=True)
+    return copied.cpu()
+
+
+def joined(x: torch.Tensor) -> torch.Tensor:
+    """All rows of what may be sharded; then all ranks call it, and it is a copy."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def divided(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's rows of a whole tensor, where `like` is sharded."""
+    if not isinstance(like, DTensor):
+        return x
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def same_on_all_ranks(model: nn.Module) -> nn.Module:
+    """Rank 0's parameters and buffers, in place."""
+    for x in [*model.parameters(), *model.buffers()] if dist.is_initialized() else ():
+        if x.numel():
+            dist.broadcast(x, 0)
+    return model
+
+
+def clip_gradients(model: nn.Module, most: float) -> torch.Tensor:
+    """-> norm of the whole gradient, before it is clipped"""
+    return joined(nn.utils.clip_grad_norm_(model.parameters(), most))
+
+
 def start_step(cfg, step: int, optimizer, rank: int, world: int):
     """Learning rate and randomness: functions of (seed, step, rank), so a resumed run is equal."""
     for group in optimizer.param_groups:
@@ -1520,14 +1624,17 @@ class Saver:
 
     def __call__(self, step: int, wait: bool):
         """wait: until all is written, as the run ends here."""
-        data = of_all_ranks(self.loader.state_dict())
-        paths = self.paths(step, wait) if int(os.environ.get("RANK", 0)) == 0 else []
-        if not paths:
+        first = int(os.environ.get("RANK", 0)) == 0
+        paths = self.paths(step, wait) if first else []
+        data, writes = zip(*of_all_ranks((self.loader.state_dict(), bool(paths))))
+        if not any(writes):
             return
         self.finish()
-        state = on_cpu({"step": step, "config": asdict(self.cfg), "data": data,
-                        "model": self.model.state_dict(), "least": self.least,
-                        "optimizer": self.optimizer.state_dict()})
+        state = whole({"step": step, "config": asdict(self.cfg), "data": [*data],
+                       "model": self.model.state_dict(), "least": self.least,
+                       "optimizer": self.optimizer.state_dict()}, keep=first)
+        if not first:
+            return
         self.writing = self.thread.submit(self.write, state, paths)
         if wait:
             self.finish()
@@ -1580,18 +1687,23 @@ class Saver:
                  f"free ({str(error).splitlines()[0]}); make room and continue with --resume auto")
 
 
-def on_cpu(state):
-    """A copy of nested dicts and lists whose tensors are on the CPU."""
+def whole(state, keep: bool = True):
+    """A copy of nested dicts and lists whose tensors are on the CPU, sharded ones whole; so all
+    ranks call it, and those that do not keep the copy get None for a tensor."""
     if isinstance(state, dict):
-        return {name: on_cpu(value) for name, value in state.items()}
+        return {name: whole(value, keep) for name, value in state.items()}
     if isinstance(state, list):
-        return [on_cpu(value) for value in state]
-    return state.detach().to("cpu", copy=True) if torch.is_tensor(state) else state
+        return [whole(value, keep) for value in state]
+    if not torch.is_tensor(state):
+        return state
+    state = joined(state.detach())
+    return state.to("cpu", copy=True) if keep else None
 
 
 # what may differ between a run and its continuation
 FREE = {"out", "overwrite", "data", "threads", "max_bad", "resume", "export_only", "wandb",
-        "eval_every", "save_every", "keep_every", "scratch", "log_every", "compile"}
+        "eval_every", "save_every", "keep_every", "scratch", "log_every", "compile",
+        "parallel"}
 
 
 def fast_folder(cfg) -> Path:
@@ -1667,10 +1779,11 @@ def check_whole(path: str, option: str):
              f"OUT/last.pt, or --resume auto, which takes the newest that is whole")
 
 
-def read_checkpoint(path: str, option: str) -> dict:
-    """What Saver wrote; exits where the file is something else."""
+def read_checkpoint(path: str, option: str, mmap: bool = False) -> dict:
+    """What Saver wrote; exits where the file is something else. mmap: tensors are read when they
+    are used, so that no process holds all of a large one."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         state["config"], state["step"], state["model"], state["optimizer"], state["data"]
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError,
             pickle.UnpicklingError) as error:
@@ -1680,9 +1793,10 @@ def read_checkpoint(path: str, option: str) -> dict:
 
 
 def load_checkpoint(cfg, model: nn.Module, optimizer, loader, rank: int, world: int) -> int:
-    """Restores all that Saver wrote. Exits, naming the fields, where the run would not be the
-    same. -> step"""
-    state = read_checkpoint(cfg.resume, "--resume")
+    """Restores all that Saver wrote, also on other many processes or with another --parallel; but
+    other many read other data. Exits, naming the fields, where the run would not be the same.
+    -> step"""
+    state = read_checkpoint(cfg.resume, "--resume", mmap=cfg.parallel == "fsdp")
     if len(steps := set(of_all_ranks(state["step"]))) > 1:
         fail(f"the processes see '{cfg.resume}' at different steps, {sorted(steps)}; --out must "
              f"be on storage that all nodes share")
@@ -1692,15 +1806,28 @@ def load_checkpoint(cfg, model: nn.Module, optimizer, loader, rank: int, world: 
               if f.name not in FREE and stored.get(f.name) != getattr(cfg, f.name)]
     if differ:
         fail(f"--resume '{cfg.resume}' is of another run: {'; '.join(differ)}")
-    model.load_state_dict(state["model"])
+    mine = model.state_dict()
+    model.load_state_dict({name: divided(x, mine.get(name)) for name, x in state["model"].items()})
     if cfg.export_only:
         return state["step"]
-    if len(state["data"]) != world:
-        fail(f"--resume '{cfg.resume}' was saved by {len(state['data'])} processes, these are "
-             f"{world}: start as many")
-    optimizer.load_state_dict(state["optimizer"])
-    loader.load_state_dict(state["data"][rank])
+    load_optimizer(optimizer, state["optimizer"])
+    if len(state["data"]) == world:
+        loader.load_state_dict(state["data"][rank])
+    else:
+        warn(f"'{cfg.resume}' was saved by {len(state['data'])} processes, these are {world}: all "
+             f"goes on but the data, which each process reads from another place")
+        loader.skip(state["step"])
     return state["step"]
+
+
+def load_optimizer(optimizer, state: dict):
+    """Each process takes its rows of the moments."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, moments in state["state"].items():
+        for name, x in moments.items():
+            if x.ndim:                                                  # all but the count of steps
+                moments[name] = divided(x, parameters[number])
+    optimizer.load_state_dict(state)
 
 
 class Logger:

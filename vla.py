@@ -62,15 +62,19 @@ import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load as safetensors_load, save_file
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.export.passes import move_to_device_pass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import (AutoTokenizer, ByT5Tokenizer, Dinov2Config, Dinov2Model, LlamaConfig,
                           LlamaModel, PreTrainedConfig, PreTrainedModel, SiglipVisionConfig,
                           SiglipVisionModel, SmolVLMConfig, SmolVLMModel)
 from transformers import logging as transformers_logging
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import data_oxe
 
@@ -121,6 +125,7 @@ class Config(data_oxe.DataConfig):
     grad_clip: float = 1.0                  # maximum gradient norm
     dtype: Literal["float32", "bfloat16"] = "float32"   # bfloat16: autocast
     compile: bool = False                   # torch.compile the model's forward and backward
+    parallel: Literal["ddp", "fsdp"] = "ddp"    # each process holds the model, or a share of it
 
     # run
     eval_every: int = 250                   # steps between validations
@@ -147,6 +152,8 @@ class LatentPolicy(nn.Module):
     code_scores(prediction) -> (B, S, K), the higher the likelier a code; None without codes
     """
 
+    entries = ("predict",)                                              # see shard
+
     def __init__(self, trunk: "Trunk", target: nn.Module):
         super().__init__()
         self.trunk, self.target, self.width = trunk, target, target.width
@@ -162,6 +169,9 @@ class LatentPolicy(nn.Module):
             fail(f"the checkpoint's {name} is {tuple(its.shape)}, --laq-ckpt gives "
                  f"{tuple(mine.shape)}; go on with the labeller that the run began with")
         return super().load_state_dict(state, **options)
+
+    def layers(self) -> list[nn.Module]:
+        return self.trunk.layers()
 
     def readout(self, batch: dict):
         return self.trunk(batch["images"], batch["ids"], batch["mask"])             # (B, W)
@@ -438,6 +448,8 @@ class Trunk(nn.Module):
     as padding.
     """
 
+    entries = ()
+
     def __init__(self, vlm, before=(), between=(), after=()):
         super().__init__()
         self.vlm = vlm
@@ -451,6 +463,9 @@ class Trunk(nn.Module):
 
     def forward(self, images, ids, mask):
         return self.read(*self.prompt(images, ids, mask))[:, 0]                     # (B, W)
+
+    def layers(self) -> list[nn.Module]:
+        return [x for x in self.vlm.modules() if isinstance(x, GradientCheckpointingLayer)]
 
     def prompt(self, images, ids, mask):
         """-> embeddings (B, T, W) up to the readout, which of them count (B, T)"""
@@ -688,7 +703,7 @@ def judge(model: LatentPolicy, inputs: dict, other) -> dict:
     half alone, the prediction and its likeliest codes (B, S, 5). other (B,): for each sample
     another one of its dataset."""
     target, weight = model.target(inputs)
-    loss = sum(model.loss(inputs).values())
+    loss = sum(model(inputs).values())
     row = {"target": target, "weight": weight, "loss": loss.expand(len(target))}
     for name, swapped in SWAPPED.items():
         shown = inputs | {key: inputs[key][other] for key in swapped}
@@ -874,23 +889,22 @@ def main(cfg: Config) -> int:
     labeller.check(cfg, loader)
 
     model = make_model(cfg, trunk, labeller, loaders["many"], device)
+    flops = flops_a_sample(model, loaders["val"], inputs_of, device)
+    train = wrap(model, cfg)
     optimizer = make_optimizer(cfg, model)
     made_of = next(model.target.buffers()).clone()          # codebook, mean latent, or mean action
     start = load_checkpoint(cfg, model, optimizer, loader, rank, world) if cfg.resume else 0
     if not torch.allclose(next(model.target.buffers()), made_of, atol=1e-4):
         fail(f"--resume '{cfg.resume}' was trained on another labeller than '{cfg.laq_ckpt}'")
     if cfg.export_only:
-        if rank == 0:
-            export(model, cfg, start, tokenizer, labeller.manifest)
+        export(model, cfg, start, tokenizer, labeller.manifest)
         return 0
-    train = DDP(model, forward_sync_buffers=False) if world > 1 else model
-    train = torch.compile(train) if cfg.compile else train
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    flops = flops_a_sample(model, loaders["val"], inputs_of, device)
     log = Logger(cfg, rank, world, start, flops, device)
     log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
-    save, stop_flag = Saver(cfg, model, optimizer, loader), StopFlag(cfg, device)
-    evaluate, batches = Evaluation(model, cfg, loaders, inputs_of), batches_of(cfg, loader, device)
+    save = Saver(cfg, model, optimizer, loader)
+    evaluate = Evaluation(model, cfg, loaders, inputs_of)
+    stop_flag, batches = StopFlag(cfg, device), batches_of(cfg, loader, device)
 
     for step in range(start, cfg.steps + 1):                            # one more: evaluates, saves
         stop, last = stop_flag(step), step == cfg.steps
@@ -917,12 +931,12 @@ def main(cfg: Config) -> int:
             (loss * share).backward()
             for name, part in {"loss": loss, **parts}.items():
                 means[name] = means.get(name, 0.0) + share * part.detach()
-        means["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        means["grad_norm"] = clip_gradients(model, cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         log.step(step, means, batch)
 
-    if rank == 0 and not stop:
+    if not stop:
         export(model, cfg, cfg.steps, tokenizer, labeller.manifest)
         log.print(f"trunk and head: {cfg.out}/stage2\n{report_card(evaluate.first, metrics)}")
     return log.close(stop)
@@ -1590,9 +1604,10 @@ def load_trunk(cfg, stage2: str = "") -> tuple[Trunk, object]:
 
 
 def pretrained(what: str, kind, name: str, **options):
-    """kind.from_pretrained of transformers; exits where weights are absent or do not fit."""
-    is_model = issubclass(kind, PreTrainedModel)
-    if is_model:
+    """kind.from_pretrained of transformers; exits where weights are absent or do not fit. Rank 0
+    reads them and sends them to the other processes, whose host memory they never fill."""
+    is_model, rank = issubclass(kind, PreTrainedModel), int(os.environ.get("RANK", 0))
+    if is_model and not rank:
         options |= dict(dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
                         output_loading_info=True)
     try:
@@ -1601,18 +1616,26 @@ def pretrained(what: str, kind, name: str, **options):
             its = kind.config_class.get_config_dict(name)[0].get("model_type", "")
             if its.split("_")[0] != family:
                 raise ValueError(f"its config says '{its}', not '{family}'")
-        made = kind.from_pretrained(name, **options)
+        if is_model and rank:
+            with torch.device("meta"):
+                model = kind(kind.config_class.from_pretrained(name, **options))
+        else:
+            made = kind.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         fail(f"no pretrained {what} at '{name}' ({str(error).splitlines()[0]}); give a Hugging "
              f"Face name that this machine can reach, a folder with config, weights and tokenizer, "
              f"or 'tiny'")
     if not is_model:
         return made
+    if rank:
+        return same_on_all_ranks(model.to_empty(device=find_device())).eval()
     model, info = made
     missing = sorted(info["missing_keys"])
     if missing:
         fail(f"weights of '{name}' lack {len(missing)} tensors of a {what}, the first is "
              f"{missing[0]}")
+    if dist.is_initialized():
+        same_on_all_ranks(model.to(find_device()))
     return model
 
 
@@ -1684,10 +1707,14 @@ def publish(unfinished: Path, final: Path):
 
 
 def export(model: LatentPolicy, cfg: Config, step: int, tokenizer, labeller: dict):
-    """OUT/stage2: trunk and tokenizer as transformers saves them, readout and head, manifest."""
+    """OUT/stage2: trunk and tokenizer as transformers saves them, readout and head, manifest. All
+    ranks call it."""
+    model = unsharded(model)
+    if model is None:
+        return
     folder = Path(cfg.out) / ".stage2.partial"
     shutil.rmtree(folder, ignore_errors=True)
-    vlm, tokenizer = copy.deepcopy((model.trunk.vlm, tokenizer))
+    vlm, tokenizer = model.trunk.vlm, copy.deepcopy(tokenizer)
     if cfg.lora_rank:
         vlm.text_model = vlm.text_model.merge_and_unload()
     if cfg.mode == "codes":
@@ -1837,6 +1864,93 @@ def make_optimizer(cfg, model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
+def wrap(model: nn.Module, cfg) -> nn.Module:
+    """The model as main trains it: its gradients are means over the processes."""
+    train = model
+    if dist.is_initialized() and cfg.parallel == "ddp":
+        train = DDP(model, forward_sync_buffers=False)
+    elif cfg.parallel == "fsdp":
+        same_on_all_ranks(model)
+        shard(model, cfg)
+    return torch.compile(train) if cfg.compile else train
+
+
+def shard(model: nn.Module, cfg) -> nn.Module:
+    """--parallel fsdp, in place (FSDP2; ZeRO, 1910.02054): of each parameter, its gradient and its
+    moments a process holds some rows. A layer's parameters are whole while it runs, in bfloat16
+    with that --dtype, and what it computes is computed again for the backward pass; the others are
+    whole during the model's forward and backward, in float32. Gradients are averaged at each
+    micro-batch: those of whole parameters would not fit. Frozen parameters and LoRA's (peft) are as
+    others. A process alone has nothing to share, but computes layers twice all the same.
+
+    model.layers() -> transformer layers; entries: names of the methods beside forward that are
+    called from outside and read parameters. model.hollow is what it was, without values.
+    """
+    if cfg.parallel != "fsdp":
+        return model
+    model.__dict__["hollow"] = hollow(model)                # no part of it, so in no state_dict
+    for layer in model.layers():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
+                                preserve_rng_state=False)   # layers draw nothing
+    if not dist.is_initialized():
+        return model
+    precision = MixedPrecisionPolicy()
+    if cfg.dtype == "bfloat16":                             # between layers all is float32
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
+    for layer in model.layers():
+        fully_shard(layer, mp_policy=precision)
+    fully_shard(model, reshard_after_forward=True)
+    for name in model.entries:
+        register_fsdp_forward_method(model, name)
+    return model
+
+
+def hollow(model: nn.Module) -> nn.Module:
+    """A copy whose parameters have shapes but no values (device meta); its buffers have theirs."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+             for p in model.parameters()}
+    return copy.deepcopy(model, empty)
+
+
+def unsharded(model: nn.Module) -> nn.Module | None:
+    """A whole copy on the CPU, for rank 0; None elsewhere. All ranks call it."""
+    rank = int(os.environ.get("RANK", 0))
+    if "hollow" not in vars(model):
+        return copy.deepcopy(model).cpu() if rank == 0 else None
+    state = whole(model.state_dict(), rank == 0)
+    if rank:
+        return None
+    copied = copy.deepcopy(model.hollow)
+    copied.load_state_dict(state, assign=True)
+    return copied.cpu()
+
+
+def joined(x: torch.Tensor) -> torch.Tensor:
+    """All rows of what may be sharded; then all ranks call it, and it is a copy."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def divided(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's rows of a whole tensor, where `like` is sharded."""
+    if not isinstance(like, DTensor):
+        return x
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def same_on_all_ranks(model: nn.Module) -> nn.Module:
+    """Rank 0's parameters and buffers, in place."""
+    for x in [*model.parameters(), *model.buffers()] if dist.is_initialized() else ():
+        if x.numel():
+            dist.broadcast(x, 0)
+    return model
+
+
+def clip_gradients(model: nn.Module, most: float) -> torch.Tensor:
+    """-> norm of the whole gradient, before it is clipped"""
+    return joined(nn.utils.clip_grad_norm_(model.parameters(), most))
+
+
 def start_step(cfg, step: int, optimizer, rank: int, world: int):
     """Learning rate and randomness: functions of (seed, step, rank), so a resumed run is equal."""
     for group in optimizer.param_groups:
@@ -1904,14 +2018,17 @@ class Saver:
 
     def __call__(self, step: int, wait: bool):
         """wait: until all is written, as the run ends here."""
-        data = of_all_ranks(self.loader.state_dict())
-        paths = self.paths(step, wait) if int(os.environ.get("RANK", 0)) == 0 else []
-        if not paths:
+        first = int(os.environ.get("RANK", 0)) == 0
+        paths = self.paths(step, wait) if first else []
+        data, writes = zip(*of_all_ranks((self.loader.state_dict(), bool(paths))))
+        if not any(writes):
             return
         self.finish()
-        state = on_cpu({"step": step, "config": asdict(self.cfg), "data": data,
-                        "model": self.model.state_dict(), "least": self.least,
-                        "optimizer": self.optimizer.state_dict()})
+        state = whole({"step": step, "config": asdict(self.cfg), "data": [*data],
+                       "model": self.model.state_dict(), "least": self.least,
+                       "optimizer": self.optimizer.state_dict()}, keep=first)
+        if not first:
+            return
         self.writing = self.thread.submit(self.write, state, paths)
         if wait:
             self.finish()
@@ -1964,18 +2081,23 @@ class Saver:
                  f"free ({str(error).splitlines()[0]}); make room and continue with --resume auto")
 
 
-def on_cpu(state):
-    """A copy of nested dicts and lists whose tensors are on the CPU."""
+def whole(state, keep: bool = True):
+    """A copy of nested dicts and lists whose tensors are on the CPU, sharded ones whole; so all
+    ranks call it, and those that do not keep the copy get None for a tensor."""
     if isinstance(state, dict):
-        return {name: on_cpu(value) for name, value in state.items()}
+        return {name: whole(value, keep) for name, value in state.items()}
     if isinstance(state, list):
-        return [on_cpu(value) for value in state]
-    return state.detach().to("cpu", copy=True) if torch.is_tensor(state) else state
+        return [whole(value, keep) for value in state]
+    if not torch.is_tensor(state):
+        return state
+    state = joined(state.detach())
+    return state.to("cpu", copy=True) if keep else None
 
 
 # what may differ between a run and its continuation
 FREE = {"out", "overwrite", "data", "threads", "max_bad", "resume", "export_only", "wandb",
-        "eval_every", "save_every", "keep_every", "scratch", "log_every", "compile"}
+        "eval_every", "save_every", "keep_every", "scratch", "log_every", "compile",
+        "parallel"}
 
 
 def fast_folder(cfg) -> Path:
@@ -2051,10 +2173,11 @@ def check_whole(path: str, option: str):
              f"OUT/last.pt, or --resume auto, which takes the newest that is whole")
 
 
-def read_checkpoint(path: str, option: str) -> dict:
-    """What Saver wrote; exits where the file is something else."""
+def read_checkpoint(path: str, option: str, mmap: bool = False) -> dict:
+    """What Saver wrote; exits where the file is something else. mmap: tensors are read when they
+    are used, so that no process holds all of a large one."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         state["config"], state["step"], state["model"], state["optimizer"], state["data"]
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError,
             pickle.UnpicklingError) as error:
@@ -2064,9 +2187,10 @@ def read_checkpoint(path: str, option: str) -> dict:
 
 
 def load_checkpoint(cfg, model: nn.Module, optimizer, loader, rank: int, world: int) -> int:
-    """Restores all that Saver wrote. Exits, naming the fields, where the run would not be the
-    same. -> step"""
-    state = read_checkpoint(cfg.resume, "--resume")
+    """Restores all that Saver wrote, also on other many processes or with another --parallel; but
+    other many read other data. Exits, naming the fields, where the run would not be the same.
+    -> step"""
+    state = read_checkpoint(cfg.resume, "--resume", mmap=cfg.parallel == "fsdp")
     if len(steps := set(of_all_ranks(state["step"]))) > 1:
         fail(f"the processes see '{cfg.resume}' at different steps, {sorted(steps)}; --out must "
              f"be on storage that all nodes share")
@@ -2076,15 +2200,28 @@ def load_checkpoint(cfg, model: nn.Module, optimizer, loader, rank: int, world: 
               if f.name not in FREE and stored.get(f.name) != getattr(cfg, f.name)]
     if differ:
         fail(f"--resume '{cfg.resume}' is of another run: {'; '.join(differ)}")
-    model.load_state_dict(state["model"])
+    mine = model.state_dict()
+    model.load_state_dict({name: divided(x, mine.get(name)) for name, x in state["model"].items()})
     if cfg.export_only:
         return state["step"]
-    if len(state["data"]) != world:
-        fail(f"--resume '{cfg.resume}' was saved by {len(state['data'])} processes, these are "
-             f"{world}: start as many")
-    optimizer.load_state_dict(state["optimizer"])
-    loader.load_state_dict(state["data"][rank])
+    load_optimizer(optimizer, state["optimizer"])
+    if len(state["data"]) == world:
+        loader.load_state_dict(state["data"][rank])
+    else:
+        warn(f"'{cfg.resume}' was saved by {len(state['data'])} processes, these are {world}: all "
+             f"goes on but the data, which each process reads from another place")
+        loader.skip(state["step"])
     return state["step"]
+
+
+def load_optimizer(optimizer, state: dict):
+    """Each process takes its rows of the moments."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, moments in state["state"].items():
+        for name, x in moments.items():
+            if x.ndim:                                                  # all but the count of steps
+                moments[name] = divided(x, parameters[number])
+    optimizer.load_state_dict(state)
 
 
 class Logger:

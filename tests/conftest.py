@@ -43,7 +43,7 @@ def stages(data, tmp_path_factory):
     return once(tmp_path_factory, "stages", train)
 
 
-def write_episodes(folder, same):
+def write_episodes(folder, same, frames=9):
     """Eight episodes of noise, one frame pair each; the same eight times or others."""
     import data_oxe
     import rollout
@@ -51,10 +51,10 @@ def write_episodes(folder, same):
     with data_oxe.EpisodeWriter(str(folder), "metaworld_corner4", entry, 64) as writer:
         for i in range(8):
             if i == 0 or not same:
-                images = rng.integers(0, 255, (9, 64, 64, 3), np.uint8)
-                action = rng.standard_normal((9, 4))
-            writer.add(images, np.zeros((9, 4)), action, action, np.zeros(9), "Do it", task="x",
-                       seed=i, success=True, file_path="")
+                images = rng.integers(0, 255, (frames, 64, 64, 3), np.uint8)
+                action = rng.standard_normal((frames, 4))
+            writer.add(images, np.zeros((frames, 4)), action, action, np.zeros(frames), "Do it",
+                       task="x", seed=i, success=True, file_path="")
     return folder
 
 
@@ -68,3 +68,9 @@ def same_episodes(tmp_path_factory):
 def noise(tmp_path_factory):
     """Data in no time: a loss falls on it, that is all."""
     return write_episodes(tmp_path_factory.mktemp("noise"), same=False)
+
+
+@pytest.fixture(scope="session")
+def single_frames(tmp_path_factory):
+    """For policies: a batch of six is all training episodes, however many ranks divide them."""
+    return write_episodes(tmp_path_factory.mktemp("single"), same=False, frames=1)

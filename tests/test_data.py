@@ -345,6 +345,19 @@ def test_resume_is_exact_and_small(mix, options, oxe):
         make(world=3).load_state_dict(make().state_dict())
 
 
+def test_a_stream_starts_about_where_other_many_ranks_left_it(oxe):
+    make = lambda: loader_of(oxe, "bridge:2,kuka", "train", 7, shuffle_mb=0.05, image_size=0)
+    places = lambda batches: [
+        place for b in batches for place in zip(*(b[k] for k in ("dataset", "episode", "step")))
+    ]
+    whole, later = places(take(make(), 60)), make()
+    later.skip(40)
+    assert later.position[0] > 1
+    first = places(take(later, 2))
+    starts = [i for i in range(len(whole) - 14) if whole[i : i + 14] == first]
+    assert len(starts) == 1 and abs(starts[0] - 40 * 7) < 1.5 * later.block_pairs
+
+
 # ------------------------------------------------------------ faults
 def records_of(path):
     return [r.numpy() for r in tf.data.TFRecordDataset(str(path))]
