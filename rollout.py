@@ -628,7 +628,7 @@ MEMBERS = (r"data/weights/(weight_\d+|model_weights_config\.json)"
            r"|data/sample_inputs/model\.pt|models/model\.json|extra/[\w.]+"
            r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id)")
 OPERATORS = """
-    __and__ _assert_tensor_metadata abs adaptive_avg_pool2d add addmm all amax amin any arange
+    __and__ _assert_tensor_metadata abs adaptive_avg_pool2d add addmm alias all amax amin any arange
     argmax argmin avg_pool2d batch_norm bmm bucketize cat chunk clamp concat contiguous conv2d
     cos cumsum detach div dropout einsum elu embedding eq erf exp expand flatten floor full
     full_like gather ge gelu group_norm gt index index_select layer_norm le leaky_relu linear

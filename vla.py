@@ -1348,7 +1348,7 @@ MEMBERS = (r"data/weights/(weight_\d+|model_weights_config\.json)"
            r"|data/sample_inputs/model\.pt|models/model\.json|extra/[\w.]+"
            r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id)")
 OPERATORS = """
-    __and__ _assert_tensor_metadata abs adaptive_avg_pool2d add addmm all amax amin any arange
+    __and__ _assert_tensor_metadata abs adaptive_avg_pool2d add addmm alias all amax amin any arange
     argmax argmin avg_pool2d batch_norm bmm bucketize cat chunk clamp concat contiguous conv2d
     cos cumsum detach div dropout einsum elu embedding eq erf exp expand flatten floor full
     full_like gather ge gelu group_norm gt index index_select layer_norm le leaky_relu linear
@@ -1607,7 +1607,9 @@ def pretrained(what: str, kind, name: str, **options):
     """kind.from_pretrained of transformers; exits where weights are absent or do not fit. Rank 0
     reads them and sends them to the other processes, whose host memory they never fill."""
     is_model, rank = issubclass(kind, PreTrainedModel), int(os.environ.get("RANK", 0))
-    if is_model and not rank:
+    if not is_model:
+        options |= dict(trust_remote_code=False)                # without it, it asks
+    elif not rank:
         options |= dict(dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
                         output_loading_info=True)
     try:
