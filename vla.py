@@ -805,7 +805,7 @@ def action_probes(val: dict, fits: dict) -> dict:
 
 
 def describe(m: dict) -> str:
-    """A line on codes, on vectors, on actions; of several datasets a table; the verdict."""
+    """A line on codes, on vectors, on actions; the verdict; of several datasets a table."""
     lines = []
     for name, what in {"accuracy": "nearest code", "target_r2": "R2 of the target"}.items():
         if name not in m:
@@ -827,7 +827,9 @@ def describe(m: dict) -> str:
         if f"action_r2_{name}_readout" in m:
             lines.append(f"actions from {labels}: R2 {m[f'action_r2_{name}_prediction']:.2f} by "
                          f"prediction, {m[f'action_r2_{name}_readout']:.2f} by readout")
-    return "\n  ".join([*lines, *table_of(m), verdict(m)[1]])
+    if "target_r2_trend" in m:                                  # not of an untrained model
+        lines.append(verdict(m)[1])
+    return "\n  ".join([*lines, *table_of(m)])
 
 
 def verdict(m: dict) -> tuple[bool, str]:
