@@ -1845,7 +1845,7 @@ class Logger:
         self.tflop = flops * cfg.batch_size / 1e12                      # a step of all processes
         self.flops = flops * cfg.batch_size / world                     # a step of one process
         self.peak = matmul_rate(device, cfg.dtype)
-        self.steps, self.seconds, self.waited = 0, 0.0, 0.0             # since the last line
+        self.steps, self.seconds, self.waited = 0, 0.0, {"data_wait": 0.0}      # since a line
         self.norms = []                                                 # since they were looked at
         self.path = Path(cfg.out) / "metrics.jsonl"
         if self.on:
@@ -1876,11 +1876,11 @@ class Logger:
                         unit="step", mininterval=2)
 
     @contextlib.contextmanager
-    def waiting(self):
-        """The time is spent waiting for data."""
+    def waiting(self, what: str = "data_wait"):
+        """The time is spent waiting for data, or for labels."""
         began = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - began
+        self.waited[what] = self.waited.get(what, 0.0) + time.perf_counter() - began
 
     @contextlib.contextmanager
     def paused(self):
@@ -1910,13 +1910,13 @@ class Logger:
             self.write(step, {**values, "lr": lr_at(self.cfg, step), **self.speed(),
                               "tflop": (step + 1) * self.tflop})        # since the first step
         if due:
-            self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+            self.steps, self.seconds, self.waited = 0, 0.0, {"data_wait": 0.0}
 
     def speed(self) -> dict:
-        """Samples a second of all processes, share of the time spent waiting for data, and MFU:
+        """Samples a second of all processes, shares of the time spent waiting, and MFU:
         the model's FLOP/s over those of this device's matrix products."""
         return {"samples_per_s": self.steps * self.cfg.batch_size / self.seconds,
-                "data_wait": self.waited / self.seconds,
+                **{what: seconds / self.seconds for what, seconds in self.waited.items()},
                 "mfu": self.steps * self.flops / self.seconds / self.peak}
 
     def check_gradients(self):

@@ -877,7 +877,6 @@ def main(cfg: Config) -> int:
     check(cfg)
     rank, world, device = setup(cfg)
     local = cfg.batch_size // world                                     # samples a process
-    micro = cfg.micro_batch or local                                    # samples a forward pass
     labeller = load_labeller(cfg.laq_ckpt if cfg.mode != "actions" else "pooled", device)
     trunk, tokenizer = load_trunk(cfg)
     freeze(trunk, cfg)
@@ -924,8 +923,10 @@ def main(cfg: Config) -> int:
         start_step(cfg, step, optimizer, rank, world)                   # learning rate, randomness
         with log.waiting():
             batch = next(batches)
+        with log.waiting("label_wait"):
+            inputs = inputs_of(batch)
         means = {}
-        for piece, share, is_last in pieces(inputs_of(batch), micro):
+        for piece, share, is_last in pieces(inputs, cfg.micro_batch or local):
             train.require_backward_grad_sync = is_last                  # DDP: average once a step
             with amp:
                 parts = train(piece)
@@ -2243,7 +2244,7 @@ class Logger:
         self.tflop = flops * cfg.batch_size / 1e12                      # a step of all processes
         self.flops = flops * cfg.batch_size / world                     # a step of one process
         self.peak = matmul_rate(device, cfg.dtype)
-        self.steps, self.seconds, self.waited = 0, 0.0, 0.0             # since the last line
+        self.steps, self.seconds, self.waited = 0, 0.0, {"data_wait": 0.0}      # since a line
         self.norms = []                                                 # since they were looked at
         self.path = Path(cfg.out) / "metrics.jsonl"
         if self.on:
@@ -2274,11 +2275,11 @@ class Logger:
                         unit="step", mininterval=2)
 
     @contextlib.contextmanager
-    def waiting(self):
-        """The time is spent waiting for data."""
+    def waiting(self, what: str = "data_wait"):
+        """The time is spent waiting for data, or for labels."""
         began = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - began
+        self.waited[what] = self.waited.get(what, 0.0) + time.perf_counter() - began
 
     @contextlib.contextmanager
     def paused(self):
@@ -2308,13 +2309,13 @@ class Logger:
             self.write(step, {**values, "lr": lr_at(self.cfg, step), **self.speed(),
                               "tflop": (step + 1) * self.tflop})        # since the first step
         if due:
-            self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+            self.steps, self.seconds, self.waited = 0, 0.0, {"data_wait": 0.0}
 
     def speed(self) -> dict:
-        """Samples a second of all processes, share of the time spent waiting for data, and MFU:
+        """Samples a second of all processes, shares of the time spent waiting, and MFU:
         the model's FLOP/s over those of this device's matrix products."""
         return {"samples_per_s": self.steps * self.cfg.batch_size / self.seconds,
-                "data_wait": self.waited / self.seconds,
+                **{what: seconds / self.seconds for what, seconds in self.waited.items()},
                 "mfu": self.steps * self.flops / self.seconds / self.peak}
 
     def check_gradients(self):
