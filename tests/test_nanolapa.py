@@ -164,12 +164,14 @@ def test_speed_is_of_training_alone(tmp_path, monkeypatch):
             now[0] += 100
         with log.waiting():
             now[0] += 1
-        now[0] += 3
+        with log.waiting("label_wait"):
+            now[0] += 2
+        now[0] += 1
         log.step(step, {"grad_norm": torch.tensor(1.0)}, {"episode": np.zeros(10)})
-    seen = metrics(tmp_path, "samples_per_s", "data_wait", "mfu")
+    seen = metrics(tmp_path, "samples_per_s", "data_wait", "label_wait", "mfu")
     assert list(seen["mfu"]) == [0, 2, 4]
     assert {key: set(values.values()) for key, values in seen.items()} == {
-        "samples_per_s": {2.5}, "data_wait": {0.25}, "mfu": {0.5}}
+        "samples_per_s": {2.5}, "data_wait": {0.25}, "label_wait": {0.5}, "mfu": {0.5}}
 
 
 # ------------------------------------------------------------ closed loop
