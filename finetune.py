@@ -225,17 +225,15 @@ class Decoder:
         self.map = maps[""]
 
     def __call__(self, batch: dict) -> torch.Tensor:
-        features = self.features(batch)
-        features = [features[name] for name in ("latent", "readout", "later_readout")]
+        features = list(self.features(batch).values())
         return self.map(features).float().unflatten(1, self.shape)
 
     @torch.no_grad()
     def features(self, batch: dict) -> dict:
         codes, latents = self.labeller(batch["frames"])                 # (B, S), (B, S, D)
         latents = latents if self.targets == "vectors" else self.labeller.lookup(codes)
-        return {"latent": latents.flatten(1),
-                "readout": self.readout(batch, 0), "later_readout": self.readout(batch, 1),
-                "pooled": PooledDifference()(batch["frames"])[1].flatten(1)}
+        return {"latent": latents.flatten(1), "readout": self.readout(batch, 0),
+                "later_readout": self.readout(batch, 1)}
 
     def readout(self, batch: dict, frame: int):
         images = data_oxe.resize_to(batch["frames"][:, frame], self.trunk.image_size)
@@ -262,7 +260,8 @@ class Decoder:
             episode = (batch["dataset"] * 1_000_003 + batch["episode"])[new]
             for frames in (tensors["frames"], *(change(tensors["frames"]) for change in changes)):
                 row = self.features({**tensors, "frames": frames})
-                row["chunk"] = model.normalized(tensors).flatten(1)
+                row |= {"pooled": PooledDifference()(frames)[1].flatten(1),
+                        "chunk": model.normalized(tensors).flatten(1)}
                 row = {name: value[torch.from_numpy(new)] for name, value in row.items()}
                 rows.append(row | {"episode": episode})
         join = {name: torch.cat for name in rows[0]} | {"episode": np.concatenate}
