@@ -1071,7 +1071,7 @@ def main(cfg: Config) -> int:
     targets = Targets(cfg, device)
     control = make_model(cfg, loader, targets, device)                  # never trained: a baseline
     model = make_model(cfg, loader, targets, device)
-    fit_to_data([control, model], cfg, loaders["many"], device)
+    fit_to_data([control] if cfg.resume else [control, model], cfg, loaders["many"], device)
     flops = flops_a_sample(model, cfg, device)
     train = wrap(model, cfg)
     optimizer = make_optimizer(cfg, model)
