@@ -877,14 +877,7 @@ def main(cfg: Config) -> int:
     check(cfg)
     rank, world, device = setup(cfg)
     local = cfg.batch_size // world                                     # samples a process
-    labeller = load_labeller(cfg.laq_ckpt if cfg.mode != "actions" else "pooled", device)
-    trunk, tokenizer = load_trunk(cfg)
-    freeze(trunk, cfg)
-    inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
-                        tokens=Tokens(tokenizer, cfg.text_len), device=device)
-    load = partial(data_oxe.Loader, image_size=max(labeller.image_size, trunk.image_size),
-                   horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk,
-                   consecutive=cfg.latent_chunk)
+    labeller, trunk, tokenizer, inputs_of, load = load_stage(cfg, device)
     loader = load(cfg, "train", local, seed=cfg.seed, rank=rank, world=world)
     loaders = evaluation_loaders(cfg, load) | ({"val": loader} if cfg.overfit else {})
     labeller.check(cfg, loader)
@@ -974,6 +967,20 @@ def check(cfg: Config):
         cfg.eval_batches = 1
     if cfg.warmup_steps is None:
         cfg.warmup_steps = min(50 if tiny else 1000, cfg.steps // 4)
+
+
+def load_stage(cfg: Config, device) -> tuple:
+    """-> labeller, trunk, tokenizer; inputs_of(batch) as to_inputs makes them; load(cfg, split,
+    batch_size, ...) of a Loader of the pairs that the labeller labels."""
+    labeller = load_labeller(cfg.laq_ckpt if cfg.mode != "actions" else "pooled", device)
+    trunk, tokenizer = load_trunk(cfg)
+    freeze(trunk, cfg)
+    inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
+                        tokens=Tokens(tokenizer, cfg.text_len), device=device)
+    load = partial(data_oxe.Loader, image_size=max(labeller.image_size, trunk.image_size),
+                   horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk,
+                   consecutive=cfg.latent_chunk)
+    return labeller, trunk, tokenizer, inputs_of, load
 
 
 def evaluation_loaders(cfg, load) -> dict:
@@ -2466,14 +2473,7 @@ def save_numbers(path: Path, content):
 def find(cfg: Config) -> tuple[Findings, dict, int]:
     """Reads the checkpoint and the data. -> findings, metrics as main's evaluations, step"""
     state, device = read_checkpoint(cfg.analyze, "--analyze"), find_device()
-    labeller = load_labeller(cfg.laq_ckpt if cfg.mode != "actions" else "pooled", device)
-    trunk, tokenizer = load_trunk(cfg)
-    freeze(trunk, cfg)
-    inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
-                        tokens=Tokens(tokenizer, cfg.text_len), device=device)
-    load = partial(data_oxe.Loader, image_size=max(labeller.image_size, trunk.image_size),
-                   horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk,
-                   consecutive=cfg.latent_chunk)
+    labeller, trunk, _, inputs_of, load = load_stage(cfg, device)
     loaders = evaluation_loaders(cfg, load)
     model = make_model(cfg, trunk, labeller, loaders["many"], device)
     model.load_state_dict(state["model"])
