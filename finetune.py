@@ -587,7 +587,7 @@ def main(cfg: Config) -> int:
     freeze(trunk, cfg)
     tokens = Tokens(tokenizer, cfg.text_len)
     loader = Sources(cfg, trunk.image_size, labeller, local, rank, world)
-    fit_loader, val_loader = evaluation_loaders(cfg, trunk.image_size)
+    fit_loader, val_loader = labelled_loaders(cfg, trunk.image_size)
     rollouts = Rollouts(cfg, tokenizer, loader.labelled, pretraining)
     model = make_model(cfg, trunk, tokens, fit_loader, device)
     nearest = Nearest(fit_loader, device)
@@ -649,7 +649,7 @@ def main(cfg: Config) -> int:
 
 
 # ------------------------------------------------------------ a reader may stop here
-def evaluation_loaders(cfg: Config, image_size: int) -> tuple:
+def labelled_loaders(cfg: Config, image_size: int) -> tuple:
     """Labelled training episodes, to fit on and to copy from, and held-out ones."""
     load = partial(data_oxe.Loader, cfg, batch_size=64, image_size=image_size, horizon_s=0.0,
                    chunk=cfg.chunk, fraction=cfg.label_fraction, cameras=cfg.cameras, shuffle_mb=8)
