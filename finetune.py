@@ -3,6 +3,7 @@ pretraining, and from video whose actions are decoded.
 
     python finetune.py --init runs/vla/stage2 --laq-ckpt runs/laq/laq.pt2 --episodes-per-task 2
     python finetune.py --init none --trunk tiny --episodes-per-task 2   # the control
+    python finetune.py --label-fraction 0.05 --rollout-every 250        # the best by success
     torchrun --nproc_per_node=4 finetune.py --init runs/vla/stage2 --batch-size 256 \\
         --dtype bfloat16
     sbatch sbatch/finetune.sh                                           # Slurm
@@ -10,9 +11,10 @@ pretraining, and from video whose actions are decoded.
 
 In: RLDS episodes with actions through data_oxe.py, a stage2/ folder of vla.py, and laq.pt2.
 Out, in OUT: policy/ (policy.pt2, tokenizer files, manifest.json `policy.v1`, weights.safetensors),
-last.pt, metrics.jsonl. policy.pt2 maps (images uint8 (B, H, W, 3), state float32 (B, Ds), ids,
-mask int64 (B, L), noise float32 (B, C, A)) to actions float32 (B, C, A) in units of the
-mix's first dataset; it runs with torch alone. With --cameras N images are (B, N, H, W, 3).
+last.pt, metrics.jsonl, with --rollout-every rollout/. policy.pt2 maps (images uint8 (B, H, W, 3),
+state float32 (B, Ds), ids, mask int64 (B, L), noise float32 (B, C, A)) to actions float32 (B, C, A)
+in units of the mix's first dataset; it runs with torch alone. With --cameras N images are
+(B, N, H, W, 3), in the order of the manifest's "cameras"; a black one is a missing camera.
 
 Gradient steps on few labels forget what the video taught. So the labelled episodes first teach a
 small decoder, in closed form: a frame pair's latent, with what the trunk made of both frames and
@@ -512,13 +514,15 @@ class Nearest:
     are any. Of the first dataset."""
 
     def __init__(self, loader, device, batches: int = 32):
-        rows = [data_oxe.to_device(batch, device, loader.image_size)
-                for batch in loader.peek(batches)]
-        mine = torch.cat([batch["dataset"] for batch in rows]) == 0
-        self.cells = torch.cat([self.cells_of(batch) for batch in rows])[mine]      # (M, N * 192)
-        self.actions = torch.cat([batch["actions"] for batch in rows])[mine]        # (M, C, A)
-        texts = np.concatenate([batch["instruction"] for batch in rows])
-        self.texts = texts[mine.cpu().numpy()]
+        cells, actions, texts = [], [], []
+        for batch in loader.peek(batches):
+            mine = batch["dataset"] == 0
+            texts.append(np.array(batch["instruction"])[mine])
+            batch = data_oxe.to_device(batch, device, loader.image_size)
+            cells.append(self.cells_of(batch)[torch.from_numpy(mine)])
+            actions.append(batch["actions"][torch.from_numpy(mine)])
+        self.cells, self.actions = torch.cat(cells), torch.cat(actions)     # (M, N*192), (M, C, A)
+        self.texts = np.concatenate(texts)
 
     def cells_of(self, batch: dict):
         images = pictures(batch).flatten(0, -4).permute(0, 3, 1, 2).float() / 255
@@ -725,7 +729,8 @@ def slow_down(optimizer, part: nn.Module, share: float):
 class Rollouts:
     """Success of the policy while it learns, each rollout_every steps and at the end: rollout.py,
     in a process of its own on rank 0's node, acts in the world and on the tasks of the mix's first
-    dataset. Training waits. Results, videos and log: OUT/rollout/step_N.
+    dataset. Training waits for it, so that a resumed run is equal; the first is of step 0, so that
+    a simulator that does not start is told at once. Results, videos, log: OUT/rollout/step_N.
 
     rollouts(model, step, stop_flag) -> {"success": share, "failures": number of episodes}; {} where
     none are due, or a signal came meanwhile. All ranks call it.
