@@ -743,9 +743,9 @@ class Rollouts:
         if not cfg.rollout_every:
             return
         name = loader.names[0]
-        tasks = data_oxe.tasks_of(cfg.data, name)
+        world, tasks = data_oxe.world_of(cfg.data, name)
         self.command = [sys.executable, str(Path(__file__).with_name("rollout.py")),
-                        "--world", name.partition("_")[0], "--tasks", *tasks,
+                        "--world", world, "--tasks", *tasks,
                         "--episodes", str(cfg.rollout_episodes), "--seed", str(self.seeds)]
         if level := re.search(r"_distract(\d+)$", name):
             self.command += ["--distract", str(int(level[1]) / 100)]
@@ -784,7 +784,8 @@ class Rollouts:
                  f"see '{path}'")
         shutil.rmtree(folder / "policy")
         every = json.loads((folder / "results.json").read_text())["tasks"]["all"]
-        return {"success": every["rate"], "failures": every["episodes"] - every["successes"]}
+        successes, episodes = every["successes"], every["episodes"]
+        return {"success": successes / episodes, "failures": episodes - successes}
 
 
 class Sources:
