@@ -331,7 +331,9 @@ class Expert(Head):
         return [*self.blocks]
 
     def loss(self, features: Features, chunk):
-        prefix = [x.repeat_interleave(self.draws, 0) for x in self.look(features)]
+        keys_values, seen = self.look(features)
+        prefix = (keys_values.repeat_interleave(self.draws, 2),
+                  seen.repeat_interleave(self.draws, 0))
         chunk = chunk.repeat_interleave(self.draws, 0)                  # (B * draws, C, A)
         t = torch.rand(len(chunk), 1, 1, device=chunk.device) ** (1 / 1.5) * 0.999 + 0.001
         noise = torch.randn_like(chunk)
@@ -347,16 +349,16 @@ class Expert(Head):
         return x
 
     def look(self, features: Features):
-        """-> keys and values of all layers that cross, (B, T + 1, crossing * 2 * width), and which
+        """-> keys and values of the layers that cross, (crossing, 2, B, heads, T + 1, d), and which
         tokens count, (B, 1, 1, T + 1)"""
         tokens = torch.cat([features.tokens, features.state[:, None]], 1)
         seen = F.pad(features.seen, (0, 1), value=1).bool()
-        return self.prefix(tokens.to(self.place.dtype)), seen[:, None, None]
+        keys_values = self.prefix(tokens.to(self.place.dtype)).unflatten(2, self.split)
+        return keys_values.permute(2, 3, 0, 4, 1, 5), seen[:, None, None]
 
     def velocity(self, x, t, prefix):
         """(B, C, A) at x (B, C, A), t (B, 1, 1). Parameters may be of another type (export)."""
         keys_values, seen = prefix
-        keys_values = keys_values.unflatten(2, self.split).permute(2, 3, 0, 4, 1, 5)
         angle = t * self.frequency                                      # (B, 1, width / 2)
         time = torch.cat([angle.sin(), angle.cos()], 2).to(self.place.dtype)
         h = self.input(x.to(self.place.dtype))                          # (B, C, width)
