@@ -23,6 +23,8 @@ before action t. A batch is a dict of numpy arrays and one list:
     state        float32 (B, Ds)           proprioception at t
     dataset, episode, step  int64 (B,)     index in the mix, episode number in the split, t
     has_action   bool    (B,)
+    views        uint8   (B, N-1, H, W, 3) frame t of further cameras, if cameras=N > 1 is asked
+                                           for; black where a dataset has fewer
 
 A and Ds are the mix's maxima; narrower datasets are zero-padded on the right. With resize="gpu"
 `frames` keeps the decoded size: one array if all pictures of the batch agree, else a list of B
@@ -51,6 +53,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")             # unused here, and greets on start
 os.environ.setdefault("GCS_READ_CACHE_BLOCK_SIZE_MB", "4")      # 64 MB by default, per open file
 import contextlib
+import importlib
 import io
 import itertools
 import json
@@ -61,17 +64,33 @@ import threading
 import time
 import zlib
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import Literal
 
 import numpy as np
-import tensorflow as tf
-import tensorflow_datasets as tfds
 
-tf.config.set_visible_devices([], "GPU")                        # the accelerator belongs to torch
-tf.get_logger().setLevel("ERROR")                             # warns of more than four Loaders
+
+class Later:
+    """A module that is imported at its first use: who reads no data, as a policy, needs neither."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(loaded(self.name), attribute)
+
+
+@cache
+def loaded(name: str):
+    import tensorflow
+    tensorflow.config.set_visible_devices([], "GPU")            # the accelerator belongs to torch
+    tensorflow.get_logger().setLevel("ERROR")                   # warns of more than four Loaders
+    return importlib.import_module(name)
+
+
+tf, tfds = Later("tensorflow"), Later("tensorflow_datasets")
 
 
 @dataclass
@@ -119,6 +138,7 @@ class Entry:
     executed: str = ""          # as action, for action_sum, where it is not the labelled action
     success: str = ""           # flat key of a bool, where some episodes are failures
     bgr: bool = False           # pictures are stored with red and blue exchanged
+    cameras: str = ""           # keys of further cameras, as the wrist's; '': there are none
 
 
 # What keeps an episode from use. Faults are named one by one and bounded by max_bad; the others are
@@ -143,7 +163,9 @@ class Loader:
     episode; frames are then (B, 1 + consecutive, H, W, 3). chunk: C. min_motion: drops pairs whose
     16x16 thumbnails differ by less, mean absolute difference in grey levels. demonstrations: leaves
     out episodes without an instruction, where the dataset has them, and failed ones, where it says
-    so. shuffle_mb: instead of cfg's.
+    so. fraction: share of each dataset's episodes of train, the same choice on all ranks and with
+    any seed; a smaller one is a part of it. cameras: N, how many a sample shows, see `views`.
+    shuffle_mb: instead of cfg's.
     Ranks get disjoint episodes of train; val is the same on every rank. Errors of data and
     arguments exit with one line.
     """
@@ -151,14 +173,18 @@ class Loader:
     def __init__(self, cfg: DataConfig, split: str, batch_size: int, image_size: int, *,
                  horizon_s: float | None = None, chunk: int = 1, min_motion: float = 0.0,
                  demonstrations: bool = True, shuffle_mb: float | None = None, seed: int = 0,
-                 rank: int = 0, world: int = 1, consecutive: int = 1):
-        check(cfg, batch_size, chunk, min_motion, image_size, horizon_s)
+                 rank: int = 0, world: int = 1, consecutive: int = 1, fraction: float = 1.0,
+                 cameras: int = 1):
+        check(cfg, batch_size, chunk, min_motion, image_size, horizon_s, cameras)
         self.cfg, self.batch_size, self.image_size, self.chunk = cfg, batch_size, image_size, chunk
         self.min_motion, self.demonstrations = min_motion, demonstrations
-        self.consecutive = consecutive
+        self.consecutive, self.views = consecutive, cameras - 1
         self.threads = cfg.threads or threads_here()
-        self.plans = [make_plan(cfg, name, split, horizon_s, consecutive, demonstrations, rank,
-                                world) for name in parse_mix(cfg.mix)]
+        plan_of = partial(make_plan, cfg, split=split, horizon_s=horizon_s, consecutive=consecutive,
+                          demonstrations=demonstrations, fraction=fraction, cameras=cameras,
+                          rank=rank, world=world)
+        self.plans = [plan_of(name) for name in parse_mix(cfg.mix)]
+        check_cameras(self.plans, cameras)
         self.describe_mix()
         self.faults = Faults(self.plans, cfg.max_bad)
         self.seed = seed + 1_000_003 * rank if split == "train" else seed
@@ -287,7 +313,8 @@ class Loader:
         A = max(1, self.action_dim)                             # tf.data breaks at width 0
         streams = []
         for i, plan in enumerate(self.plans):
-            read = Reader(plan, i, A, self.state_dim, self.seed, self.demonstrations).parse
+            read = Reader(plan, i, A, self.state_dim, self.seed, self.demonstrations,
+                          self.views).parse
             streams.append(self.records.start_at(i, int(drawn[i])).map(no_autograph(read)))
         blocks = tf.data.Dataset.range(block, FOREVER)
         order = blocks.flat_map(no_autograph(self.choices_dataset)).map(no_autograph(self.begin))
@@ -322,9 +349,12 @@ class Loader:
     def decoded(self, pair: dict) -> dict:
         """Last stage of the pipeline, in parallel: one encoded pair -> its frames."""
         pair = dict(pair)
-        images = tf.unstack(pair.pop("images"), 1 + self.consecutive)
+        images = tf.unstack(pair.pop("images"), 1 + self.consecutive + self.views)
+        images, views = images[:1 + self.consecutive], images[1 + self.consecutive:]
         if not self.image_size:
             return pair
+        if views:
+            pair["views"] = tf.stack([self.view(encoded) for encoded in views])
         if all(plan.offset == 0 for plan in self.plans):
             frame = self.picture(images[0])
             frames = tf.stack([frame, frame])                   # (2, h, w, 3)
@@ -343,6 +373,11 @@ class Loader:
         shapes = [plan.picture.shape or (None,) for plan in self.plans]
         largest = max(4096 if None in shape else max(shape) for shape in shapes)
         return decode_picture(encoded, self.image_size, largest, self.cfg.resize == "gpu")
+
+    def view(self, encoded):
+        """Of a further camera; black where there is none."""
+        black = tf.zeros([self.image_size, self.image_size, 3], tf.uint8)
+        return tf.cond(tf.equal(encoded, ""), lambda: black, lambda: self.picture(encoded))
 
     def tensors(self, position: tuple[int, int]):
         """The tf.data pipeline of batches from a position."""
@@ -384,10 +419,13 @@ class Loader:
             frames = item["frames"]
             if "size" in item:
                 frames = unpadded(frames, item["size"], 1 + self.consecutive)
+            batch["frames"] = frames
+            batch |= {"views": item["views"]} if self.views else {}
             bgr = np.array([plan.entry.bgr for plan in self.plans])
             for i in np.flatnonzero(bgr[batch["dataset"]]):
                 swap_red_and_blue(frames[i])
-            batch["frames"] = frames
+                if self.views:
+                    swap_red_and_blue(item["views"][i])
         return batch, (int(item["block"][-1]), int(item["place"][-1]) + 1)
 
     def batches(self, position: tuple[int, int]):
@@ -456,20 +494,29 @@ class Loader:
             fail(f"none of the first 256 pairs moves by min_motion {self.min_motion} grey levels")
 
 
-def check(cfg: DataConfig, batch_size, chunk, min_motion, image_size, horizon_s):
+def check(cfg: DataConfig, batch_size, chunk, min_motion, image_size, horizon_s, cameras):
     if cfg.resize not in ("cpu", "gpu") or cfg.weights not in ("given", "equal", "proportionate"):
         fail(f"resize '{cfg.resize}' must be cpu or gpu, weights '{cfg.weights}' given, equal or "
              f"proportionate")
     for name in ("pairs_per_episode", "episodes_per_task", "threads"):
         if getattr(cfg, name) < 0:
             fail(f"{name} {getattr(cfg, name)} must not be negative")
-    if min(batch_size, chunk) < 1:
-        fail(f"batch_size {batch_size} and chunk {chunk} must be at least 1")
+    if min(batch_size, chunk, cameras) < 1:
+        fail(f"batch_size {batch_size}, chunk {chunk} and cameras {cameras} must be at least 1")
+    if cameras > 1 and cfg.resize == "gpu":
+        fail(f"cameras {cameras} need resize 'cpu': pictures of several cameras differ in size")
     if not 0 <= cfg.max_bad <= 1 or not 0 <= cfg.val_fraction < 1:
         fail(f"max_bad {cfg.max_bad} and val_fraction {cfg.val_fraction} are shares, from 0 to 1")
     if min_motion and (not image_size or horizon_s == 0):
         fail(f"min_motion {min_motion} needs pictures of two moments; image_size is {image_size}, "
              f"horizon_s {horizon_s}")
+
+
+def check_cameras(plans: list, cameras: int):
+    has = {plan.name: 1 + len(plan.entry.cameras.split()) for plan in plans}
+    if cameras > max(has.values()):
+        fail(f"cameras {cameras} are more than any dataset of the mix has: {has}; name the keys of "
+             f"further ones as `cameras` of the entry")
 
 
 def threads_here() -> int:
@@ -513,9 +560,9 @@ class Sampler:
     def sample(self, episode: dict) -> dict:
         """An episode as Reader gives it -> n encoded pairs; n is 0 where it is not used.
 
-        "images" (n, 1 + consecutive): frames t, t+k ...; "text" (n,); "floats" (n, C*A + A + Ds):
-        actions, action_sum, state, in one tensor, as tf.data charges by the tensor; "integers"
-        int64 (n, 4): dataset, episode, t, steps left.
+        "images" (n, 1 + consecutive + N-1): frames t, t+k ..., then further cameras at t; "text"
+        (n,); "floats" (n, C*A + A + Ds): actions, action_sum, state, in one tensor, as tf.data
+        charges by the tensor; "integers" int64 (n, 4): dataset, episode, t, steps left.
         """
         dataset, images = episode["dataset"], episode["images"]
         k, skip, T = self.offset[dataset], self.skip[dataset], tf.shape(images)[0]
@@ -530,8 +577,8 @@ class Sampler:
         state = tf.gather(episode["state"], t)                                      # (n, Ds)
         same = [tf.fill([n], x) for x in (dataset, episode["episode"])]
         integers = [*same, tf.cast(t, tf.int64), tf.cast(T - t, tf.int64)]
-        return {"images": tf.gather(images, t[:, None] + moments),
-                "text": tf.fill([n], episode["text"]),
+        pictures = [tf.gather(images, t[:, None] + moments), tf.gather(episode["views"], t)]
+        return {"images": tf.concat(pictures, 1), "text": tf.fill([n], episode["text"]),
                 "floats": tf.concat([actions, motion, state], 1),
                 "integers": tf.stack(integers, 1)}
 
@@ -589,14 +636,15 @@ class Reader:
     """Serialized episodes of one dataset -> the form common to all."""
 
     def __init__(self, plan, index: int, action_dim: int, state_dim: int, seed: int,
-                 demonstrations: bool):
+                 demonstrations: bool, views: int):
         self.plan, self.index, self.seed = plan, index, seed
+        self.cameras, self.views = plan.entry.cameras.split()[:views], views
         self.action_dim, self.state_dim = action_dim, state_dim
         entry, features = plan.entry, plan.features
         self.image = f"steps/{entry.image}"
         self.specs = {"action": entry.action, "executed": entry.executed or entry.action,
                       "state": entry.state}
-        keys = {entry.image, *texts_of(entry)}
+        keys = {entry.image, *self.cameras, *texts_of(entry)}
         keys |= {key for spec in self.specs.values() for key, _ in columns_of(spec)}
         self.wire = {f"steps/{key}": wire_of(features[f"steps/{key}"]) for key in keys}
         self.success = entry.success if demonstrations else ""
@@ -605,8 +653,8 @@ class Reader:
 
     def parse(self, draw, item) -> dict:
         """(draw, (episode number, record)) -> dataset, draw, episode, is the record empty, did it
-        fail, images (T,) encoded, text, action (T, A), executed (T, A), state (T, Ds). T is 0 where
-        it cannot be read."""
+        fail, images (T,) and views (T, N-1) encoded, text, action (T, A), executed (T, A), state
+        (T, Ds). T is 0 where it cannot be read."""
         episode, record = item
         wire, failed = dict(self.wire), tf.constant(False)
         if self.success:
@@ -624,20 +672,29 @@ class Reader:
     def nothing(self) -> dict:
         """Of an episode that cannot be read, as one whose features disagree in length."""
         action = tf.zeros([0, self.action_dim])
-        return {"images": tf.zeros([0], tf.string), "text": tf.constant(""), "action": action,
-                "executed": action, "state": tf.zeros([0, self.state_dim])}
+        return {"images": tf.zeros([0], tf.string), "views": tf.zeros([0, self.views], tf.string),
+                "text": tf.constant(""), "action": action, "executed": action,
+                "state": tf.zeros([0, self.state_dim])}
 
     def content(self, parsed: dict, draw, T) -> dict:
-        images, feature = parsed[self.image], self.plan.picture
-        if not isinstance(feature, tfds.features.Image):        # raw pixels: as PNG from here on
-            pixels = tf.cast(as_numbers(images, feature), tf.uint8)
-            images = tf.io.encode_png(tf.reshape(pixels, [T, *feature.shape]), 0)
-        out = {"images": images, "text": self.text(parsed, draw)}
+        views = [self.pictures(parsed, f"steps/{camera}", T) for camera in self.cameras]
+        views += [tf.fill([T], "")] * (self.views - len(views))         # cameras that it lacks
+        out = {"images": self.pictures(parsed, self.image, T),
+               "views": tf.stack(views, 1) if views else tf.zeros([T, 0], tf.string),
+               "text": self.text(parsed, draw)}
         for name, spec in self.specs.items():
             x = read_columns(parsed, spec, self.plan.features, T)
             width = self.state_dim if name == "state" else self.action_dim
             out[name] = x if x.shape[1] == width else tf.pad(x, [[0, 0], [0, width - x.shape[1]]])
         return out
+
+    def pictures(self, parsed: dict, key: str, T):
+        """(T,) encoded; raw pixels are PNG from here on."""
+        images, feature = parsed[key], self.plan.features[key]
+        if isinstance(feature, tfds.features.Image):
+            return images
+        pixels = tf.cast(as_numbers(images, feature), tf.uint8)
+        return tf.io.encode_png(tf.reshape(pixels, [T, *feature.shape]), 0)
 
     def text(self, parsed: dict, draw):
         """The first step's instruction; of several variants any that is there."""
@@ -715,7 +772,11 @@ def kinds_of(spec: str) -> str:
 
 # ------------------------------------------------------------ files to episodes
 FOREVER = 1 << 40
-no_autograph = tf.autograph.experimental.do_not_convert         # tracing 29 datasets takes a third
+
+
+def no_autograph(function):
+    """Tracing 29 datasets takes a third."""
+    return tf.autograph.experimental.do_not_convert(function)
 
 
 def stateless_seed(seed: int, purpose, counter):
@@ -766,6 +827,8 @@ class Records:
         self.count, self.base = tf.constant(count), tf.constant(base)
         self.groups = tf.constant(-(-count // open_files))      # of an epoch
         self.epoch = [int(self.sizes[b:b + n].sum()) for b, n in zip(base, count)]  # episodes
+        numbers = [tf.TensorSpec([], tf.int64)] * 4
+        self.stream = tf.function(self.stream_of, input_signature=numbers, autograph=False)
 
     def start_at(self, dataset: int, draw: int):
         """(draw, (episode number, record)) of one dataset, from its draw-th episode on."""
@@ -786,8 +849,7 @@ class Records:
         rows = tf.range(self.count[dataset])
         return self.base[dataset] + tf.random.experimental.stateless_shuffle(rows, seed)
 
-    @tf.function(input_signature=[tf.TensorSpec([], tf.int64)] * 4, autograph=False)
-    def stream(self, dataset, group, skip, draw):
+    def stream_of(self, dataset, group, skip, draw):
         groups = tf.data.Dataset.range(group, FOREVER)
         records = groups.flat_map(no_autograph(lambda number: self.group(dataset, number)))
         return records.skip(skip).enumerate(draw)
@@ -910,7 +972,7 @@ class OutOfReach(Exception):
     """A file that cannot be read now: network, permission, credentials."""
 
 
-def first_line(error: tf.errors.OpError) -> str:
+def first_line(error: "tf.errors.OpError") -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
@@ -1041,7 +1103,7 @@ class Plan:
     counts: dict[str, int]      # true numbers of episodes: recorded, train, val, used
     pairs: float                # mean number of pairs a draw gives, from a look at some episodes
     frames: float               # estimated number of frames of the used episodes, likewise
-    pair_bytes: float           # encoded size of one frame pair, likewise
+    pair_bytes: float           # encoded size of a sample's pictures, likewise
     fingerprint: list           # of the recording: bytes, episodes of each file
 
     @property
@@ -1057,15 +1119,16 @@ class Plan:
         return [file for file in self.files if file.first <= episode][-1]
 
 
-def make_plan(cfg: DataConfig, name: str, split: str, horizon_s: float | None, consecutive: int,
-              demonstrations: bool, rank: int, world: int) -> Plan:
+def make_plan(cfg: DataConfig, name: str, *, split: str, horizon_s: float | None, consecutive: int,
+              demonstrations: bool, fraction: float, cameras: int, rank: int, world: int) -> Plan:
     """One dataset of the mix, from its metadata: which episodes, which features, how far apart."""
     entry = find_entry(cfg.data, name)
     builder = open_builder(cfg.data, name, entry)
     features = flat_features(builder)
-    check_features(name, entry, features)
+    views = entry.cameras.split()[:cameras - 1]
+    check_features(name, entry, features, views)
     shards = complete_shards(builder, name)
-    ids, counts = choose_episodes(cfg, name, builder, entry, features, split, world)
+    ids, counts = choose_episodes(cfg, name, builder, entry, features, split, fraction, world)
     if split == "train":
         ids = np.array_split(ids, world)[rank]                  # ranges: few files do not matter
     offset = pair_offset(name, entry, horizon_s)
@@ -1082,12 +1145,13 @@ def make_plan(cfg: DataConfig, name: str, split: str, horizon_s: float | None, c
     pairs = (usable * fit if demonstrations else usable).mean()
     info = builder.info.splits["train"]
     return Plan(name, entry, offset, files_of(shards, ids), features, counts, max(pairs, 0.1),
-                float(np.mean(lengths)) * counts["used"], (1 + consecutive) * float(np.mean(sizes)),
+                float(np.mean(lengths)) * counts["used"],
+                (1 + consecutive + len(views)) * float(np.mean(sizes)),
                 [info.num_bytes, list(info.shard_lengths)])
 
 
 def choose_episodes(cfg: DataConfig, name: str, builder, entry: Entry, features: dict, split: str,
-                    world: int) -> tuple[np.ndarray, dict]:
+                    fraction: float, world: int) -> tuple[np.ndarray, dict]:
     """-> numbers of the episodes to use, true counts of each sub-split.
 
     val is the end of the dataset, or what `holdout` matches; train is the rest. Subsets come after,
@@ -1103,6 +1167,9 @@ def choose_episodes(cfg: DataConfig, name: str, builder, entry: Entry, features:
     ids = val if split == "val" else train
     if split == "train" and cfg.episodes_per_task:
         ids = first_per_task(name, builder, entry, features, ids, cfg.episodes_per_task)
+    if split == "train" and fraction < 1:
+        draws = np.random.default_rng(zlib.crc32(name.encode())).random(n)[ids]
+        ids = np.sort(ids[np.argsort(draws)[:max(1, round(fraction * len(ids)))]])
     counts = {"recorded": n, "train": len(train), "val": len(val), "used": len(ids)}
     needed = world if split == "train" else 1                   # asked of all ranks alike
     if len(ids) < needed:
@@ -1247,6 +1314,16 @@ def episode_values(builder, features: dict, key: str) -> list[str | None]:
     return values
 
 
+def tasks_of(data: str, name: str) -> list[str]:
+    """The simulator's names of the tasks that a recording of rollout.py holds."""
+    builder = open_builder(data, name, find_entry(data, name))
+    features, key = flat_features(builder), "episode_metadata/task"
+    if key not in features:
+        fail(f"dataset '{name}' was not recorded by rollout.py (it has no feature '{key}'), so "
+             f"there is no world to act in")
+    return sorted(set(episode_values(builder, features, key)) - {None})
+
+
 def side_file(builder, what: str, **depends):
     """-> (content or None, function that writes it): JSON beside the data, or in ~/.cache/nanolapa
     where that cannot be written. It counts as long as its fingerprint (the split's size and files,
@@ -1302,9 +1379,9 @@ def flat_features(builder) -> dict:
     return out
 
 
-def check_features(name: str, entry: Entry, features: dict):
+def check_features(name: str, entry: Entry, features: dict, views=()):
     """The registry (or entry.json) against the dataset's own features.json: every key there, of
-    the declared width."""
+    the declared width. views: keys of further cameras that are used."""
     for spec in (entry.action, entry.executed):
         unknown = set(kinds_of(spec)) - KINDS.keys()
         if unknown:
@@ -1316,7 +1393,7 @@ def check_features(name: str, entry: Entry, features: dict):
     if entry.success and entry.success not in features:
         fail(f"dataset '{name}' has no feature '{entry.success}' in its features.json, which "
              f"should say what episodes succeeded; it has: {', '.join(features)}")
-    wanted = [(key, None) for key in (entry.image, *texts_of(entry))]
+    wanted = [(key, None) for key in (entry.image, *views, *texts_of(entry))]
     for spec in (entry.action, entry.executed, entry.state):
         wanted += [(key, len(kinds)) for key, kinds in columns_of(spec)]
     for key, width in wanted:
@@ -1938,15 +2015,16 @@ REGISTRY: dict[str, Entry] = {
         action="action:ddddddg", state="observation/state:7", hz=5, skip=1),
     "taco_play": Entry(
         frame="150x200 ?", image="observation/rgb_static", instruction=NATURAL,
-        action="action/rel_actions_world:ddddddg", state="observation/robot_obs:15", hz=15),
+        action="action/rel_actions_world:ddddddg", state="observation/robot_obs:15", hz=15,
+        cameras="observation/rgb_gripper"),
     "jaco_play": Entry(
         frame="224x224 ?", instruction=NATURAL,
         action="action/world_vector:ddd action/gripper_closedness_action:g",
-        state="observation/end_effector_cartesian_pos:7", hz=10),
+        state="observation/end_effector_cartesian_pos:7", hz=10, cameras="observation/image_wrist"),
     "berkeley_cable_routing": Entry(
         frame="128x128 ?", instruction=NATURAL,
         action="action/world_vector:vvv action/rotation_delta:vvv",
-        state="observation/robot_state:7", hz=10),
+        state="observation/robot_state:7", hz=10, cameras="observation/wrist45_image"),
     "roboturk": Entry(
         frame="480x640 ?", image="observation/front_rgb", instruction=NATURAL,
         action=WORLD + GRIPPER, hz=10),
@@ -1958,10 +2036,11 @@ REGISTRY: dict[str, Entry] = {
     "viola": Entry(
         frame="224x224 ?", image="observation/agentview_rgb", instruction=NATURAL,
         action=WORLD + GRIPPER + ":float32()",
-        state="observation/joint_states:7 observation/gripper_states:1", hz=20),
+        state="observation/joint_states:7 observation/gripper_states:1", hz=20,
+        cameras="observation/eye_in_hand_rgb"),
     "berkeley_autolab_ur5": Entry(
         frame="480x640 ?", instruction=NATURAL, action=WORLD + GRIPPER + ":float32()",
-        state="observation/robot_state:15", hz=5),
+        state="observation/robot_state:15", hz=5, cameras="observation/hand_image"),
     "toto": Entry(
         frame="480x640 ?", instruction=NATURAL,
         action="action/world_vector:uuu action/rotation_delta:uuu action/open_gripper:g:bool()",
@@ -1972,19 +2051,23 @@ REGISTRY: dict[str, Entry] = {
         state="observation/effector_translation:2", hz=10, offset=10),
     "stanford_hydra_dataset_converted_externally_to_rlds": Entry(
         frame="240x320 png", action="action:ddddddg", state="observation/state:27", hz=10,
-        bgr=True),
+        bgr=True, cameras="observation/wrist_image"),
     "austin_buds_dataset_converted_externally_to_rlds": Entry(
-        frame="128x128 png", action="action:ddddddg", state="observation/state:24", hz=20),
+        frame="128x128 png", action="action:ddddddg", state="observation/state:24", hz=20,
+        cameras="observation/wrist_image"),
     "nyu_franka_play_dataset_converted_externally_to_rlds": Entry(
         frame="128x128 png", action="action:-*7,d*6,g,-", state="observation/state:13", hz=3),
     "furniture_bench_dataset_converted_externally_to_rlds": Entry(
-        frame="224x224 jpeg", action="action:d*3,g*5", state="observation/state:35", hz=10),
+        frame="224x224 jpeg", action="action:d*3,g*5", state="observation/state:35", hz=10,
+        cameras="observation/wrist_image"),
     "ucsd_kitchen_dataset_converted_externally_to_rlds": Entry(
         frame="480x640 png", action="action:u*6,g,-", state="observation/state:21", hz=2),
     "austin_sailor_dataset_converted_externally_to_rlds": Entry(
-        frame="128x128 png", action="action:ddddddg", state="observation/state:8", hz=20),
+        frame="128x128 png", action="action:ddddddg", state="observation/state:8", hz=20,
+        cameras="observation/wrist_image"),
     "austin_sirius_dataset_converted_externally_to_rlds": Entry(
-        frame="84x84 png", action="action:ddddddg", state="observation/state:8", hz=20),
+        frame="84x84 png", action="action:ddddddg", state="observation/state:8", hz=20,
+        cameras="observation/wrist_image"),
     "bc_z": Entry(
         frame="171x213 jpeg", instruction=NATURAL,
         action=("action/future/xyz_residual:d*3,-*27 "
@@ -1996,13 +2079,15 @@ REGISTRY: dict[str, Entry] = {
     "dlr_edan_shared_control_converted_externally_to_rlds": Entry(
         frame="360x640 png", action="action:d*6,g", state="observation/state:7", hz=5),
     "iamlab_cmu_pickup_insert_converted_externally_to_rlds": Entry(
-        frame="360x640 png", action="action:u*3,g*5", state="observation/state:20", hz=20),
+        frame="360x640 png", action="action:u*3,g*5", state="observation/state:20", hz=20,
+        cameras="observation/wrist_image"),
     "utaustin_mutex": Entry(
         frame="128x128 png", action="action:ddddddg", state="observation/state:24", hz=20,
-        bgr=True),
+        bgr=True, cameras="observation/wrist_image"),
     "berkeley_fanuc_manipulation": Entry(
         frame="224x224 png", action="action:dddddd",
-        state="observation/end_effector_state:7 observation/state:13", hz=10, bgr=True),
+        state="observation/end_effector_state:7 observation/state:13", hz=10, bgr=True,
+        cameras="observation/wrist_image"),
     "cmu_stretch": Entry(
         frame="128x128 png", action="action:u*6,g,-", state="observation/state:4", hz=10),
     "cmu_play_fusion": Entry(
@@ -2013,20 +2098,22 @@ REGISTRY: dict[str, Entry] = {
         action=("action_dict/cartesian_velocity:vvvvvv:float64 "
                 "action_dict/gripper_position:g:float64"),
         state="observation/cartesian_position:6:float64 observation/gripper_position:1:float64",
-        hz=15),
+        hz=15, cameras="observation/wrist_image_left"),
     "fmb": Entry(
         frame="256x256 jpeg", version="0.0.1", image="observation/image_side_1",
         action="action:d*6,g",
-        state="observation/eef_pose:7 observation/state_gripper_pose:1:float32()", hz=10),
+        state="observation/eef_pose:7 observation/state_gripper_pose:1:float32()", hz=10,
+        cameras="observation/image_wrist_1"),
     "dobbe": Entry(
         frame="256x256 jpeg", version="0.0.1", image="observation/wrist_image",
         action="action:u*6,g", state="observation/state:7", hz=3.75),
     "robo_set": Entry(
         frame="240x424 jpeg", version="0.0.1", image="observation/image_left",
-        action="action:u*7,g", state="observation/state:8", hz=5),
+        action="action:u*7,g", state="observation/state:8", hz=5,
+        cameras="observation/image_wrist"),
     "columbia_cairlab_pusht_real": Entry(
         frame="240x320 ?", instruction=NATURAL, action=WORLD + GRIPPER + ":float32()",
-        state="observation/robot_state:2", hz=10),
+        state="observation/robot_state:2", hz=10, cameras="observation/wrist_image"),
     "asu_table_top_converted_externally_to_rlds": Entry(
         frame="224x224 png", action="action:p*6,g",
         state="ground_truth_states/EE:6 observation/state:7", hz=12.5),
@@ -2053,12 +2140,14 @@ REGISTRY: dict[str, Entry] = {
     "dlr_sara_pour_converted_externally_to_rlds": Entry(
         frame="480x640 png", action="action:u*6,g", state="observation/state:6", hz=10),
     "imperialcollege_sawyer_wrist_cam": Entry(
-        frame="64x64 png", action="action:d*6,g,-", state="observation/state:1", hz=10),
+        frame="64x64 png", action="action:d*6,g,-", state="observation/state:1", hz=10,
+        cameras="observation/wrist_image"),
     "kaist_nonprehensile_converted_externally_to_rlds": Entry(
         frame="480x640 png", action="action:d*6,-*14", state="observation/state:21", hz=10),
     "maniskill_dataset_converted_externally_to_rlds": Entry(
         frame="256x256 png", action="action:ddddddg",
-        state="observation/tcp_pose:7 observation/state:18", hz=20),
+        state="observation/tcp_pose:7 observation/state:18", hz=20,
+        cameras="observation/wrist_image"),
     "nyu_rot_dataset_converted_externally_to_rlds": Entry(
         frame="84x84 png", action="action:d*3,u*3,g", state="observation/state:7", hz=3),
     "robo_net": Entry(
@@ -2087,7 +2176,8 @@ REGISTRY: dict[str, Entry] = {
         frame="256x256 png", action="action:u*6,g,u*6,g",
         state="observation/pose_l:6 observation/pose_r:6", hz=10),
     "utokyo_xarm_pick_and_place_converted_externally_to_rlds": Entry(
-        frame="224x224 png", action="action:p*6,g", state="observation/end_effector_pose:6", hz=10),
+        frame="224x224 png", action="action:p*6,g", state="observation/end_effector_pose:6", hz=10,
+        cameras="observation/hand_image"),
     "spoc": Entry(
         frame="224x384 jpeg", version="0.0.1", action="action:u*9",
         state="observation/last_agent_location:6 observation/relative_arm_location_metadata:4",

@@ -12,7 +12,7 @@ In: RLDS episodes with actions through data_oxe.py, a stage2/ folder of vla.py, 
 Out, in OUT: policy/ (policy.pt2, tokenizer files, manifest.json `policy.v1`, weights.safetensors),
 last.pt, metrics.jsonl. policy.pt2 maps (images uint8 (B, H, W, 3), state float32 (B, Ds), ids,
 mask int64 (B, L), noise float32 (B, C, A)) to actions float32 (B, C, A) in units of the
-mix's first dataset; it runs with torch alone.
+mix's first dataset; it runs with torch alone. With --cameras N images are (B, N, H, W, 3).
 
 Gradient steps on few labels forget what the video taught. So the labelled episodes first teach a
 small decoder, in closed form: a frame pair's latent, with what the trunk made of both frames and
@@ -38,12 +38,14 @@ import resource
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -90,6 +92,11 @@ class Config(data_oxe.DataConfig):
     text_layers: int | None = None          # that are kept; None: 16 of SmolVLM2's, else all
     plain_prompt: bool = False              # image and instruction alone, without the trunk's chat
     text_len: int = 32                      # instruction tokens; longer ones are cut
+    freeze: Literal["none", "vision", "trunk"] | None = None    # None: vision of dual-7b, else none
+    freeze_layers: int = 0                  # first layers of the language model that do not learn
+    lora_rank: int = 0                      # of LoRA, which then is all that learns there; 0: none
+    lora_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")    # that LoRA changes
+    cameras: int = 1                        # N, pictures it sees; black where a dataset has fewer
     head: Literal["mlp", "expert", "flow", "bins", "latent"] = "mlp"    # see HEADS
     head_width: int = 256                   # hidden units of the head
     chunk: int = 8                          # C, actions predicted at once
@@ -97,7 +104,8 @@ class Config(data_oxe.DataConfig):
     blind: bool = False                     # control: a black image, also in the exported policy
     normalize: Literal["quantile", "meanstd"] = "quantile"  # 1st to 99th percentile, or deviation
 
-    # video whose actions are decoded
+    # labelled episodes, and video whose actions are decoded
+    label_fraction: float = 1.0             # share of --mix's episodes whose actions are read
     laq_ckpt: str = ""                      # laq.py's labeller; 'pooled', a control; '': none
     targets: Literal["vectors", "codes"] = "vectors"    # latents: unquantized, or of the codes
     video: str = ""                         # its mix; '': --mix, all episodes
@@ -108,6 +116,7 @@ class Config(data_oxe.DataConfig):
     batch_size: int = 32                    # samples a step over all processes
     micro_batch: int = 0                    # samples a forward pass (gradients add up); 0: all
     lr: float | None = None                 # peak learning rate; None: by --size or --trunk
+    trunk_lr: float = 1.0                   # that of the trunk, as a share of --lr
     final_lr: float = 0.0                   # at the end of the cosine, as a share of the peak
     warmup_steps: int | None = None         # of linear warm-up; None: by --size or --trunk
     weight_decay: float = 0.01              # AdamW's, of matrices
@@ -119,6 +128,8 @@ class Config(data_oxe.DataConfig):
     # run
     eval_every: int = 250                   # steps between validations
     eval_batches: int = 16                  # batches of 64 in a validation
+    rollout_every: int = 0                  # steps between rollouts in the mix's world; 0: none
+    rollout_episodes: int = 10              # of each task in them
     save_every: int = 250                   # steps between checkpoints; the last three are kept
     keep_every: int = 0                     # ... that stay longer: ten, and each tenth for good
     scratch: str = ""                       # the nodes' own disk, for last.pt; '': all in OUT
@@ -417,7 +428,8 @@ class Decoder:
         self.trunk = shard(copy.deepcopy(model.trunk).eval(), cfg)
         self.shape = cfg.chunk, model.action_dim
         load = partial(data_oxe.Loader, image_size=max(labeller.image_size, self.trunk.image_size),
-                       horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk)
+                       horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk,
+                       fraction=cfg.label_fraction)
         pairs = max(8, KernelRidge.most // episodes)                    # of each; whole if few
         fit_loader = load(replace(cfg, pairs_per_episode=pairs), "train", 64, seed=2, shuffle_mb=8)
         labeller.check(cfg, fit_loader)
@@ -534,6 +546,8 @@ class Trunk(nn.Module):
     reads `before`, the image, `between`, the instruction, `after`, and then an extra token,
     <ACTION>, which sees all others and is the readout. The three are token ids of the chat that the
     model was trained on. Without a chat padding takes positions: so `tiny` was measured.
+    Of N cameras, images (B, N, H, W, 3), it reads one picture after the other, as SmolVLA does
+    (2506.01844); but one of a further camera that is all black, as missing ones are, goes unseen.
 
     Pictures come as squares, as SmolVLM's processor makes them of any. The vision tower, the
     connector and the language model are called one by one: SmolVLM's forward drops all-black images
@@ -561,16 +575,22 @@ class Trunk(nn.Module):
 
     def prompt(self, images, ids, mask):
         """-> embeddings (B, T, W) up to the readout, which of them count (B, T)"""
-        image = self.vlm.connector(self.see(images))                                # (B, P, W)
-        B, P = image.shape[:2]                                  # len() would fix B in an export
+        image = self.vlm.connector(self.see(images.flatten(0, -4)))                 # (B*N, P, W)
+        B, P = ids.shape[0], image.shape[1]                     # len() would fix B in an export
+        image, shown = image.reshape(B, -1, self.width), mask.new_ones(B, P)        # (B, N*P, W)
+        if images.ndim == 5:
+            there = images[:, 1:].flatten(2).any(2)                                 # (B, N-1)
+            there = there[..., None].expand(-1, -1, P).flatten(1)
+            shown = torch.cat([shown, there.to(mask.dtype)], 1)                     # (B, N*P)
         before, between, after = (x.expand(B, -1) for x in (self.before, self.between, self.after))
         words = torch.cat([before, between, ids, after], 1)
         text = self.vlm.text_model.get_input_embeddings()(words)                    # (B, L, W)
         readout = self.readout.expand(B, 1, -1).to(text.dtype)
         n = len(self.before)
         tokens = torch.cat([text[:, :n], image, text[:, n:], readout], 1)           # (B, T, W)
-        always = mask.new_ones(B, n + P + len(self.between))
-        return tokens, torch.cat([always, mask, mask.new_ones(B, len(self.after) + 1)], 1)
+        first, between = mask.new_ones(B, n), mask.new_ones(B, len(self.between))
+        last = mask.new_ones(B, len(self.after) + 1)
+        return tokens, torch.cat([first, shown, between, mask, last], 1)
 
     def read(self, tokens, seen, more=None):
         """What prompt gives, and embeddings that follow the readout, (B, E, W) -> hidden states of
@@ -745,7 +765,7 @@ def to_inputs(batch: dict, model: Policy, tokens, device, decoder: Decoder | Non
     """The loader's batch on the device -> what Policy takes. With a decoder it is video: it has no
     state, all of it counts, and its chunks are decoded."""
     ids, mask = tokens(batch["instruction"], device)
-    images = data_oxe.resize_to(batch["frames"][:, 0], model.trunk.image_size)
+    images = data_oxe.resize_to(pictures(batch), model.trunk.image_size)
     inputs = {"images": images, "ids": ids, "mask": mask}
     if decoder:
         first = torch.zeros_like(batch["dataset"])                      # (B,)
@@ -759,36 +779,81 @@ def to_inputs(batch: dict, model: Policy, tokens, device, decoder: Decoder | Non
         "is_video": torch.zeros_like(batch["dataset"], dtype=torch.bool)}
 
 
+def pictures(batch: dict):
+    """What a policy sees, (B, H, W, 3), or of N cameras (B, N, H, W, 3)."""
+    if "views" not in batch:
+        return batch["frames"][:, 0]
+    return torch.cat([batch["frames"][:, :1], batch["views"]], 1)
+
+
+class Nearest:
+    """What copying does: nearest(batch) -> the actions (B, C, A) of that labelled training frame
+    which looks most alike, by colours in 8x8 cells, among those of the same instruction where there
+    are any. Of the first dataset."""
+
+    def __init__(self, loader, device, batches: int = 32):
+        rows = [data_oxe.to_device(batch, device, loader.image_size)
+                for batch in loader.peek(batches)]
+        mine = torch.cat([batch["dataset"] for batch in rows]) == 0
+        self.cells = torch.cat([self.cells_of(batch) for batch in rows])[mine]      # (M, N * 192)
+        self.actions = torch.cat([batch["actions"] for batch in rows])[mine]        # (M, C, A)
+        texts = np.concatenate([batch["instruction"] for batch in rows])
+        self.texts = texts[mine.cpu().numpy()]
+
+    def cells_of(self, batch: dict):
+        images = pictures(batch).flatten(0, -4).permute(0, 3, 1, 2).float() / 255
+        return F.adaptive_avg_pool2d(images, 8).reshape(len(batch["dataset"]), -1)
+
+    def __call__(self, batch: dict):
+        distance = torch.cdist(self.cells_of(batch), self.cells)                    # (B, M)
+        same = np.array(batch["instruction"])[:, None] == self.texts
+        other = torch.from_numpy(~same & same.any(1, keepdims=True)).to(distance.device)
+        return self.actions[distance.masked_fill(other, math.inf).argmin(1)]
+
+
 @torch.no_grad()
-def evaluate(model: Policy, best: Policy, cfg: Config, loader, tokens, device) -> dict:
-    """On held-out episodes: loss, and mean absolute error of actions beside that of the mean
-    action; errors are of the first dataset, whose units the policy speaks. `best` takes the weights
-    of a model that errs less."""
+def evaluate(model: Policy, cfg: Config, loader, nearest: Nearest, tokens, device) -> dict:
+    """On held-out episodes: loss, and mean absolute and squared error of actions, over all
+    dimensions and of each, beside those of the mean action and of the nearest labelled frame's;
+    errors are of the first dataset, whose units the policy speaks."""
     model.eval()
     torch.manual_seed(cfg.seed)                                         # the same noise each time
-    losses, errors, errors_of_mean = [], [], []
+    losses, errors = [], {"": [], "_mean_action": [], "_nearest": []}
     for batch in loader.peek(cfg.eval_batches):
         batch = data_oxe.to_device(batch, device, loader.image_size)
         inputs = to_inputs(batch, model, tokens, device)
         losses.append(model(inputs)["labelled"].item())
         actions = batch["actions"]                                      # (B, C, A)
         mask = batch["action_mask"] & (batch["dataset"] == 0)[:, None]
-        error = model.act(inputs) - actions
-        errors.append(error[mask].abs().mean(1).cpu())
-        error_of_mean = actions[mask] - actions[mask].mean(0)           # knows the answers' mean
-        errors_of_mean.append(error_of_mean.abs().mean(1).cpu())
+        guesses = model.act(inputs), actions[mask].mean(0), nearest(batch)
+        for who, guess in zip(errors, guesses):                         # the mean knows the answers
+            errors[who].append((guess - actions)[mask].cpu())
     model.train()
-    error = torch.cat(errors).mean().item()
-    if error < best.error:
-        best.load_state_dict(model.state_dict())
-        best.error.fill_(error)
-    return {"loss": np.mean(losses), "action_error": error,
-            "action_error_mean_action": torch.cat(errors_of_mean).mean().item()}
+    out = {"loss": np.mean(losses)}
+    for who, error in errors.items():
+        error = torch.cat(error)                                        # (steps, A)
+        for name, each in {"error": error.abs(), "mse": error.square()}.items():
+            out[f"action_{name}{who}"] = each.mean(1).mean().item()
+            out |= {f"action_{name}{who}_{i}": x for i, x in enumerate(each.mean(0).tolist())}
+    return out
 
 
 def describe(m: dict) -> str:
-    return (f"held-out action error {m['action_error']:.3f} "
-            f"(mean action {m['action_error_mean_action']:.3f}) | loss {m['loss']:.3f}")
+    each = [f"{m[name]:.2f}" for name in m if re.fullmatch(r"action_error_\d+", name)]
+    success = f" | success {m['success']:.2f} in rollouts" if "success" in m else ""
+    return (f"held-out action error {m['action_error']:.3f} (nearest labelled frame's action "
+            f"{m['action_error_nearest']:.3f}, mean action {m['action_error_mean_action']:.3f}), "
+            f"by dimension {' '.join(each)} | loss {m['loss']:.3f}{success}")
+
+
+def judged(m: dict, cfg: Config) -> float:
+    """What the best policy has least of: held-out error, or, with --rollout-every, failed episodes,
+    of equally many the error."""
+    if not cfg.rollout_every:
+        return m["action_error"]
+    if "failures" not in m:                                             # none were due
+        return math.inf
+    return m["failures"] + m["action_error"] / (1 + m["action_error"])
 
 
 # ------------------------------------------------------------ main
@@ -802,18 +867,19 @@ def main(cfg: Config) -> int:
     micro = cfg.micro_batch or local                                    # samples a forward pass
     labeller = load_labeller(cfg.laq_ckpt, device) if cfg.laq_ckpt else None
     trunk, tokenizer = load_stage2(cfg, pretraining)
+    freeze(trunk, cfg)
     tokens = Tokens(tokenizer, cfg.text_len)
     loader = Sources(cfg, trunk.image_size, labeller, local, rank, world)
-    load = partial(data_oxe.Loader, cfg, batch_size=64, image_size=trunk.image_size, horizon_s=0.0,
-                   chunk=cfg.chunk, shuffle_mb=8)
-    val_loader = load("val", seed=1)
-    model = make_model(cfg, trunk, tokens, load("train", seed=0), device)
+    fit_loader, val_loader = evaluation_loaders(cfg, trunk.image_size)
+    rollouts = Rollouts(cfg, tokenizer, loader.labelled, pretraining)
+    model = make_model(cfg, trunk, tokens, fit_loader, device)
+    nearest = Nearest(fit_loader, device)
     decoder = Decoder(cfg, model, loader.episodes, labeller, tokens, device) if labeller else None
     flops = flops_a_sample(model, cfg, device)
     train = wrap(model, cfg)
     average, best = twin(model, cfg), twin(model, cfg)
     kept = nn.ModuleDict({"model": model, "average": average, "best": best})
-    optimizer = make_optimizer(cfg, model)
+    optimizer = slow_down(make_optimizer(cfg, model), model.trunk, cfg.trunk_lr)
     start = load_checkpoint(cfg, kept, optimizer, loader, rank, world) if cfg.resume else 0
     if cfg.export_only:
         export(best, cfg, start, tokenizer, loader.labelled, pretraining)
@@ -830,9 +896,10 @@ def main(cfg: Config) -> int:
         stop, last = stop_flag(step), step == cfg.steps
         if not stop and (last or step % cfg.eval_every == 0):
             with log.paused():
-                metrics = evaluate(average, best, cfg, val_loader, tokens, device)
+                metrics = evaluate(average, cfg, val_loader, nearest, tokens, device)
+                metrics |= rollouts(average, step, stop_flag)           # {} where none are due
             log.validation(step, metrics, describe(metrics))
-            save.judge(step, metrics["action_error"])
+            save.judge(step, keep_best(best, average, judged(metrics, cfg)))
         if stop or last or (step > start and save.due(step)):
             with log.paused():
                 save(step, wait=stop or last)
@@ -865,6 +932,13 @@ def main(cfg: Config) -> int:
 
 
 # ------------------------------------------------------------ a reader may stop here
+def evaluation_loaders(cfg: Config, image_size: int) -> tuple:
+    """Labelled training episodes, to fit on and to copy from, and held-out ones."""
+    load = partial(data_oxe.Loader, cfg, batch_size=64, image_size=image_size, horizon_s=0.0,
+                   chunk=cfg.chunk, fraction=cfg.label_fraction, cameras=cfg.cameras, shuffle_mb=8)
+    return load("train", seed=0), load("val", seed=1)
+
+
 def make_model(cfg: Config, trunk: Trunk, tokens, loader, device) -> Policy:
     """A policy in the units of a loader's episodes; a linear read-out starts in closed form."""
     torch.manual_seed(cfg.seed)                             # the same head whatever the trunk drew
@@ -897,9 +971,9 @@ def start_at_closed_form(model: Policy, batches: list[dict], penalty: float = 0.
 
 
 def twin(model: Policy, cfg: Config) -> Policy:
-    """A copy, sharded as the model is."""
+    """A copy, sharded as the model is; unless sharded, it shares what is frozen."""
     if not isinstance(model, FSDPModule):
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
     copied = shard(copy.deepcopy(model.hollow), cfg)
     state = {name: x.clone() for name, x in model.state_dict().items()}
     copied.load_state_dict(state, assign=True)
@@ -910,7 +984,87 @@ def twin(model: Policy, cfg: Config) -> Policy:
 def follow(average: Policy, model: Policy, step: int):
     """The average's weights follow the model's: of ten steps at first, later of a hundred."""
     decay = min(0.99, (step + 1) / (step + 10))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    its, new = ([p for p in x.parameters() if p.requires_grad] for x in (average, model))
+    torch._foreach_lerp_(its, new, 1 - decay)
+
+
+@torch.no_grad()
+def keep_best(best: Policy, model: Policy, error: float) -> float:
+    """Takes the weights of a model that errs less. -> its error"""
+    if error < best.error:
+        best.load_state_dict(model.state_dict())
+        best.error.fill_(error)
+    return error
+
+
+def slow_down(optimizer, part: nn.Module, share: float):
+    """A part of the model learns at a share of the learning rate: see start_step."""
+    mine = {id(p) for p in part.parameters()}
+    for group in list(optimizer.param_groups) if share != 1 else ():
+        slow = [p for p in group["params"] if id(p) in mine]
+        group["params"] = [p for p in group["params"] if id(p) not in mine]
+        optimizer.add_param_group({**group, "params": slow, "share": share})
+    return optimizer
+
+
+class Rollouts:
+    """Success of the policy while it learns, each rollout_every steps and at the end: rollout.py,
+    in a process of its own on rank 0's node, acts in the world and on the tasks of the mix's first
+    dataset. Training waits. Results, videos and log: OUT/rollout/step_N.
+
+    rollouts(model, step, stop_flag) -> {"success": share, "failures": number of episodes}; {} where
+    none are due, or a signal came meanwhile. All ranks call it.
+    """
+
+    seeds = 1           # block of environment seeds, to choose by: another than rollout.py's own
+
+    def __init__(self, cfg: Config, tokenizer, loader, pretraining: dict):
+        self.cfg, self.handed, self.group = cfg, (tokenizer, loader, pretraining), None
+        if not cfg.rollout_every:
+            return
+        name = loader.names[0]
+        tasks = data_oxe.tasks_of(cfg.data, name)
+        self.command = [sys.executable, str(Path(__file__).with_name("rollout.py")),
+                        "--world", name.partition("_")[0], "--tasks", *tasks,
+                        "--episodes", str(cfg.rollout_episodes), "--seed", str(self.seeds)]
+        if level := re.search(r"_distract(\d+)$", name):
+            self.command += ["--distract", str(int(level[1]) / 100)]
+        if dist.is_initialized():                           # whose other ranks wait long
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+    def __call__(self, model: Policy, step: int, stop_flag) -> dict:
+        every = self.cfg.rollout_every
+        if not every or step % every and step != self.cfg.steps:
+            return {}
+        folder = Path(self.cfg.out) / f"rollout/step_{step:08d}"
+        export(model, replace(self.cfg, out=str(folder)), step, *self.handed)
+        first = int(os.environ.get("RANK", 0)) == 0
+        found = [self.run(folder, stop_flag) if first else None]
+        if self.group:
+            dist.broadcast_object_list(found, 0, self.group)
+        return found[0]
+
+    def run(self, folder: Path, stop_flag) -> dict:
+        alone = {name: value for name, value in os.environ.items()
+                 if name not in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+        command = [*self.command, "--policy", str(folder / "policy"), "--out", str(folder)]
+        path = folder / "log.txt"
+        with path.open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=alone,
+                                       start_new_session=True)          # Ctrl-C comes to us alone
+            while process.poll() is None:
+                time.sleep(0.1)
+                if stop_flag.received:
+                    process.terminate()
+                    process.wait()
+                    return {}
+        if process.returncode:
+            said = path.read_text().strip().rpartition("\n")[2]
+            fail(f"--rollout-every: rollout.py ended with {process.returncode} ({said}); "
+                 f"see '{path}'")
+        shutil.rmtree(folder / "policy")
+        every = json.loads((folder / "results.json").read_text())["tasks"]["all"]
+        return {"success": every["rate"], "failures": every["episodes"] - every["successes"]}
 
 
 class Sources:
@@ -922,8 +1076,9 @@ class Sources:
             fail(f"--video-share {cfg.video_share} of {local} samples a process is {video} of "
                  f"video; both kinds need one")
         load = partial(data_oxe.Loader, split="train", chunk=cfg.chunk, seed=cfg.seed, rank=rank,
-                       world=world)
-        self.labelled = load(cfg, batch_size=local - video, image_size=image_size, horizon_s=0.0)
+                       world=world, cameras=cfg.cameras)
+        self.labelled = load(cfg, batch_size=local - video, image_size=image_size, horizon_s=0.0,
+                             fraction=cfg.label_fraction)
         self.loaders = [self.labelled]
         self.episodes = sum(plan.used for plan in self.labelled.plans)
         check_widths(self.labelled)
@@ -955,8 +1110,8 @@ class Sources:
 
 
 def check(cfg: Config, pretraining: dict):
-    """Fills in learning rate and warm-up: a large trunk wants a tenth of tiny's rate. Exits where
-    settings do not go together."""
+    """Fills in learning rate and warm-up: a large trunk wants a tenth of tiny's rate; and what the
+    trunk of a stage 2 is. Exits where settings do not go together."""
     if cfg.laq_ckpt == "pooled" and cfg.targets == "codes":
         fail("--laq-ckpt pooled has no codes; give --targets vectors")
     if cfg.video and not cfg.laq_ckpt:
@@ -967,11 +1122,57 @@ def check(cfg: Config, pretraining: dict):
         fail("--head latent decodes what stage 2 predicts, --init none has no stage 2; give --init")
     if cfg.head == "bins" and cfg.normalize != "quantile":
         fail(f"--head bins divides percentiles; give --normalize quantile, not {cfg.normalize}")
-    tiny = pretraining.get("trunk", cfg.trunk) == "tiny"
+    if not 0 < cfg.label_fraction <= 1:
+        fail(f"--label-fraction {cfg.label_fraction} is a share of the episodes, above 0 and at "
+             f"most 1")
+    if cfg.label_fraction < 1 and cfg.episodes_per_task:
+        fail(f"--label-fraction {cfg.label_fraction} and --episodes-per-task "
+             f"{cfg.episodes_per_task} both choose the labelled episodes; give one")
+    if cfg.trunk_lr <= 0:
+        fail(f"--trunk-lr {cfg.trunk_lr} is a share of --lr, above 0; --freeze trunk keeps the "
+             f"trunk as it is")
+    if cfg.rollout_every < 0 or cfg.rollout_every % cfg.eval_every or cfg.rollout_episodes < 1:
+        fail(f"--rollout-every {cfg.rollout_every} must be a multiple of --eval-every "
+             f"{cfg.eval_every}, as rollouts are a part of validation, and --rollout-episodes "
+             f"{cfg.rollout_episodes} at least 1")
+    cfg.trunk = pretraining.get("trunk", cfg.trunk)
+    tiny = cfg.trunk == "tiny"
+    if cfg.freeze is None:
+        cfg.freeze = "vision" if cfg.trunk == "dual-7b" else "none"
     if cfg.lr is None:
         cfg.lr = 1e-3 if tiny else 1e-4
     if cfg.warmup_steps is None:
         cfg.warmup_steps = min(50 if tiny else 1000, cfg.steps // 4)
+
+
+def freeze(trunk: Trunk, cfg: Config):
+    """Leaves to learn what --freeze, --freeze-layers and --lora-rank say; the readout always."""
+    vlm = trunk.vlm
+    layers = vlm.text_model.layers
+    if not 0 <= cfg.freeze_layers <= len(layers):
+        fail(f"--freeze-layers {cfg.freeze_layers}: the language model of '{cfg.trunk}' has "
+             f"{len(layers)} layers")
+    parts = {"none": [], "vision": [vlm.vision_model], "trunk": [vlm]}[cfg.freeze]
+    for part in [*parts, *layers[:cfg.freeze_layers]]:
+        part.requires_grad_(False)
+    if cfg.lora_rank:
+        vlm.text_model = with_lora(vlm.text_model, cfg)
+
+
+def with_lora(text_model: nn.Module, cfg: Config) -> nn.Module:
+    """Low-rank changes of frozen matrices (2106.09685), in all layers."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        fail("--lora-rank needs peft: pip install peft")
+    linear = {name.rpartition(".")[2] for name, module in text_model.named_modules()
+              if isinstance(module, nn.Linear)}
+    for name in cfg.lora_modules:
+        if name not in linear:
+            fail(f"--lora-modules {name}: the language model of '{cfg.trunk}' has no such matrix, "
+                 f"only {', '.join(sorted(linear))}")
+    return get_peft_model(text_model, LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank,
+                                                 target_modules=[*cfg.lora_modules]))
 
 
 def check_widths(loader):
@@ -993,8 +1194,9 @@ def flops_a_sample(model: Policy, cfg: Config, device) -> int:
 def example_of(model: Policy, cfg: Config, device="cpu") -> tuple:
     """Two samples of policy.pt2's inputs: images, state, ids, mask, noise."""
     side, words = model.trunk.image_size, (2, cfg.text_len)
+    cameras = (cfg.cameras,) if cfg.cameras > 1 else ()
     with torch.device(device):
-        return (torch.zeros(2, side, side, 3, dtype=torch.uint8),
+        return (torch.zeros(2, *cameras, side, side, 3, dtype=torch.uint8),
                 torch.zeros(2, model.state_offset.shape[1]),
                 torch.ones(words, dtype=torch.int64), torch.ones(words, dtype=torch.int64),
                 torch.zeros(2, cfg.chunk, model.action_offset.shape[1]))
@@ -1591,10 +1793,14 @@ def export(model: Policy, cfg: Config, step: int, tokenizer, loader, pretraining
     folder = Path(cfg.out) / ".policy.partial"
     shutil.rmtree(folder, ignore_errors=True)
     tokenizer.save_pretrained(folder)
-    weights = {k: v.contiguous() for k, v in policy.float().state_dict().items()}
+    policy.float()
+    if cfg.lora_rank:
+        policy.trunk.vlm.text_model = policy.trunk.vlm.text_model.merge_and_unload()
+    weights = {k: v.contiguous() for k, v in policy.state_dict().items()}
     save_file(weights, folder / "weights.safetensors")
     torch.export.save(program_of(policy, cfg), folder / "policy.pt2")
     manifest = {"schema": "policy.v1", "image_size": policy.trunk.image_size,
+                "cameras": cameras_of(loader, cfg.cameras),
                 "text_len": cfg.text_len, "chunk": cfg.chunk, "action_dim": loader.action_dim,
                 "state_dim": loader.state_dim, "units_of": loader.names[0],
                 "datasets": loader.source_size, "episodes": loader.counts, "blind": cfg.blind,
@@ -1602,6 +1808,13 @@ def export(model: Policy, cfg: Config, step: int, tokenizer, loader, pretraining
                 "step": step, "config": asdict(cfg), "torch": torch.__version__}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     publish(folder, Path(cfg.out) / "policy")
+
+
+def cameras_of(loader, count: int) -> list[str]:
+    """The keys of the first dataset's pictures, in their order; '' for one that it lacks."""
+    entry = loader.plans[0].entry
+    keys = [entry.image, *entry.cameras.split()][:count]
+    return keys + [""] * (count - len(keys))
 
 
 # ------------------------------------------------------------ --bench-policy
@@ -1901,9 +2114,10 @@ def clip_gradients(model: nn.Module, most: float) -> torch.Tensor:
 
 
 def start_step(cfg, step: int, optimizer, rank: int, world: int):
-    """Learning rate and randomness: functions of (seed, step, rank), so a resumed run is equal."""
+    """Learning rate and randomness: functions of (seed, step, rank), so a resumed run is equal. A
+    group of parameters may learn at a share of the rate."""
     for group in optimizer.param_groups:
-        group["lr"] = lr_at(cfg, step)
+        group["lr"] = lr_at(cfg, step) * group.get("share", 1)
     torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
 
 

@@ -1558,9 +1558,10 @@ def clip_gradients(model: nn.Module, most: float) -> torch.Tensor:
 
 
 def start_step(cfg, step: int, optimizer, rank: int, world: int):
-    """Learning rate and randomness: functions of (seed, step, rank), so a resumed run is equal."""
+    """Learning rate and randomness: functions of (seed, step, rank), so a resumed run is equal. A
+    group of parameters may learn at a share of the rate."""
     for group in optimizer.param_groups:
-        group["lr"] = lr_at(cfg, step)
+        group["lr"] = lr_at(cfg, step) * group.get("share", 1)
     torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
 
 

@@ -442,6 +442,8 @@ class Trunk(nn.Module):
     reads `before`, the image, `between`, the instruction, `after`, and then an extra token,
     <ACTION>, which sees all others and is the readout. The three are token ids of the chat that the
     model was trained on. Without a chat padding takes positions: so `tiny` was measured.
+    Of N cameras, images (B, N, H, W, 3), it reads one picture after the other, as SmolVLA does
+    (2506.01844); but one of a further camera that is all black, as missing ones are, goes unseen.
 
     Pictures come as squares, as SmolVLM's processor makes them of any. The vision tower, the
     connector and the language model are called one by one: SmolVLM's forward drops all-black images
@@ -469,16 +471,22 @@ class Trunk(nn.Module):
 
     def prompt(self, images, ids, mask):
         """-> embeddings (B, T, W) up to the readout, which of them count (B, T)"""
-        image = self.vlm.connector(self.see(images))                                # (B, P, W)
-        B, P = image.shape[:2]                                  # len() would fix B in an export
+        image = self.vlm.connector(self.see(images.flatten(0, -4)))                 # (B*N, P, W)
+        B, P = ids.shape[0], image.shape[1]                     # len() would fix B in an export
+        image, shown = image.reshape(B, -1, self.width), mask.new_ones(B, P)        # (B, N*P, W)
+        if images.ndim == 5:
+            there = images[:, 1:].flatten(2).any(2)                                 # (B, N-1)
+            there = there[..., None].expand(-1, -1, P).flatten(1)
+            shown = torch.cat([shown, there.to(mask.dtype)], 1)                     # (B, N*P)
         before, between, after = (x.expand(B, -1) for x in (self.before, self.between, self.after))
         words = torch.cat([before, between, ids, after], 1)
         text = self.vlm.text_model.get_input_embeddings()(words)                    # (B, L, W)
         readout = self.readout.expand(B, 1, -1).to(text.dtype)
         n = len(self.before)
         tokens = torch.cat([text[:, :n], image, text[:, n:], readout], 1)           # (B, T, W)
-        always = mask.new_ones(B, n + P + len(self.between))
-        return tokens, torch.cat([always, mask, mask.new_ones(B, len(self.after) + 1)], 1)
+        first, between = mask.new_ones(B, n), mask.new_ones(B, len(self.between))
+        last = mask.new_ones(B, len(self.after) + 1)
+        return tokens, torch.cat([first, shown, between, mask, last], 1)
 
     def read(self, tokens, seen, more=None):
         """What prompt gives, and embeddings that follow the readout, (B, E, W) -> hidden states of
@@ -1973,9 +1981,10 @@ def clip_gradients(model: nn.Module, most: float) -> torch.Tensor:
 
 
 def start_step(cfg, step: int, optimizer, rank: int, world: int):
-    """Learning rate and randomness: functions of (seed, step, rank), so a resumed run is equal."""
+    """Learning rate and randomness: functions of (seed, step, rank), so a resumed run is equal. A
+    group of parameters may learn at a share of the rate."""
     for group in optimizer.param_groups:
-        group["lr"] = lr_at(cfg, step)
+        group["lr"] = lr_at(cfg, step) * group.get("share", 1)
     torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)
 
 

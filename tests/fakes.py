@@ -42,7 +42,8 @@ def write_fake(data: str, name: str, entry: Entry, episodes: int, length: int, f
         else:
             step[outer] = feature
         fill.append((outer, inner, make))
-    add_picture(add, entry, frames)
+    for i, camera in enumerate([entry.image, *entry.cameras.split()]):
+        add_picture(add, camera, entry, frames[i:] + frames[:i])
     add_texts(add, entry, name)
     for spec in dict.fromkeys((entry.action, entry.executed, entry.state)):
         for part, (key, kinds) in zip(spec.split(), columns_of(spec)):
@@ -73,16 +74,16 @@ def fake_step(fill: list, t: int) -> dict:
     return step
 
 
-def add_picture(add, entry: Entry, frames: list[bytes]):
+def add_picture(add, key: str, entry: Entry, frames: list[bytes]):
     kind = entry.frame.split()[1]
     shape = tf.io.decode_image(frames[0], channels=3).shape
     if kind == "raw":
         pixels = [tf.io.decode_image(frame, channels=3).numpy() for frame in frames]
-        add(entry.image, tfds.features.Tensor(shape=shape, dtype=np.uint8),
+        add(key, tfds.features.Tensor(shape=shape, dtype=np.uint8),
             lambda t: pixels[t % len(frames)])
     else:
         encoding = None if kind == "?" else kind
-        add(entry.image, tfds.features.Image(shape=shape, encoding_format=encoding),
+        add(key, tfds.features.Image(shape=shape, encoding_format=encoding),
             lambda t: io.BytesIO(frames[t % len(frames)]))
 
 

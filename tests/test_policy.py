@@ -196,19 +196,22 @@ def at_the_start(data):
     tokens, device = finetune.Tokens(tokenizer, 32), torch.device("cpu")
     train, val = (data_oxe.Loader(cfg, split, 64, 64, horizon_s=0.0, chunk=cfg.chunk, seed=seed)
                   for split, seed in (("train", 0), ("val", 1)))
-    return finetune.make_model(cfg, trunk, tokens, train, device), cfg, tokens, val
+    model = finetune.make_model(cfg, trunk, tokens, train, device)
+    return model, cfg, tokens, val, finetune.Nearest(train, device)
 
 
 def test_iteration_0_acts_and_the_best_weights_are_kept(at_the_start):
     """The closed-form read-out errs less than the mean action on held-out episodes; what training
     spoils later does not reach the export."""
-    model, cfg, tokens, val = at_the_start
+    model, cfg, tokens, val, nearest = at_the_start
     best, spoilt = copy.deepcopy(model), copy.deepcopy(model)
     with torch.no_grad():
         best.linear.bias.fill_(7)
         spoilt.linear.bias.add_(2)
-    seen = [finetune.evaluate(x, best, cfg, val, tokens, torch.device("cpu"))
-            for x in (spoilt, model, spoilt)]
+    seen = []
+    for x in (spoilt, model, spoilt):
+        seen.append(finetune.evaluate(x, cfg, val, nearest, tokens, torch.device("cpu")))
+        finetune.keep_best(best, x, finetune.judged(seen[-1], cfg))
     first, good, last = (m["action_error"] for m in seen)
     assert good < 0.9 * seen[1]["action_error_mean_action"] and first == last > good
     assert best.error == pytest.approx(good)
@@ -220,7 +223,7 @@ def test_video_is_decoded(data, at_the_start, monkeypatch):
     """From latents that hold the actions, held-out actions come back, better than from pictures;
     of a video batch neither actions nor state are looked at."""
     monkeypatch.setattr(finetune, "shaken", lambda frames: frames)      # these are known by heart
-    model, cfg, tokens, val = at_the_start
+    model, cfg, tokens, val, _ = at_the_start
     chunks, mix = {}, torch.randn(32, 24)
     for episode in tfds.builder_from_directory(
             str(data / "metaworld_corner4/1.0.0")).as_dataset(split="train"):
