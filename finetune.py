@@ -163,7 +163,8 @@ class Policy(nn.Module):
         self.register_buffer("error", torch.tensor(torch.inf))          # held out, where evaluated
 
     def forward(self, batch: dict) -> dict:
-        error = self.head.loss(self.features(batch), batch["chunk"])                # (B, C, A)
+        chunk = batch["chunk"].masked_fill(batch["weight"][..., None] == 0, 0)      # (B, C, A)
+        error = self.head.loss(self.features(batch), chunk)                         # (B, C, A)
         error = error.mean(2) * batch["weight"]                                     # (B, C)
         parts = {"labelled": (error * ~batch["is_video"][:, None]).mean()}
         if self.cfg.laq_ckpt:
@@ -1893,10 +1894,10 @@ def in_parts(program: nn.Module) -> nn.Module:
     return split_module(program, program, lambda node: part[node.name])
 
 
-def time_call(call, inputs, device: str) -> tuple[float, float]:
+def time_call(call, inputs, device: str, seconds: float = 2.0) -> tuple[float, float]:
     """ms of the first call and, of two others at least, the median."""
     times = []
-    while len(times) < 3 or (sum(times[1:]) < 2 and len(times) < 101):
+    while len(times) < 3 or (sum(times[1:]) < 1e3 * seconds and len(times) < 101):
         began = time.perf_counter()
         call(*inputs)
         if device == "cuda":
