@@ -471,22 +471,22 @@ class Trunk(nn.Module):
 
     def prompt(self, images, ids, mask):
         """-> embeddings (B, T, W) up to the readout, which of them count (B, T)"""
-        image = self.vlm.connector(self.see(images.flatten(0, -4)))                 # (B*N, P, W)
-        B, P = ids.shape[0], image.shape[1]                     # len() would fix B in an export
-        image, shown = image.reshape(B, -1, self.width), mask.new_ones(B, P)        # (B, N*P, W)
-        if images.ndim == 5:
-            there = images[:, 1:].flatten(2).any(2)                                 # (B, N-1)
-            there = there[..., None].expand(-1, -1, P).flatten(1)
-            shown = torch.cat([shown, there.to(mask.dtype)], 1)                     # (B, N*P)
+        cameras = images.unbind(1) if images.ndim == 5 else [images]
+        image = [self.vlm.connector(self.see(camera)) for camera in cameras]        # each (B, P, W)
+        B, P = image[0].shape[:2]                               # len() would fix B in an export
+        shown = [mask.new_ones(B, P)]
+        for camera in cameras[1:]:
+            there = camera.flatten(1).any(1, keepdim=True)                          # (B, 1)
+            shown.append(there.to(mask.dtype).expand(-1, P))
         before, between, after = (x.expand(B, -1) for x in (self.before, self.between, self.after))
         words = torch.cat([before, between, ids, after], 1)
         text = self.vlm.text_model.get_input_embeddings()(words)                    # (B, L, W)
         readout = self.readout.expand(B, 1, -1).to(text.dtype)
         n = len(self.before)
-        tokens = torch.cat([text[:, :n], image, text[:, n:], readout], 1)           # (B, T, W)
+        tokens = torch.cat([text[:, :n], *image, text[:, n:], readout], 1)          # (B, T, W)
         first, between = mask.new_ones(B, n), mask.new_ones(B, len(self.between))
         last = mask.new_ones(B, len(self.after) + 1)
-        return tokens, torch.cat([first, shown, between, mask, last], 1)
+        return tokens, torch.cat([first, *shown, between, mask, last], 1)
 
     def read(self, tokens, seen, more=None):
         """What prompt gives, and embeddings that follow the readout, (B, E, W) -> hidden states of
