@@ -225,20 +225,26 @@ class Head(nn.Module):
         return []                                                       # see shard
 
 
-class MLP(Head):
-    """--head mlp: a linear read-out, set in closed form (start_at_closed_form), which an MLP
-    corrects; squared error."""
+class ReadOut(Head):
+    """A linear read-out, set in closed form before the first step (start_at_closed_form): what few
+    labels say is there at once, and what a subclass adds starts as zero."""
 
-    def __init__(self, cfg: Config, trunk: "Trunk", action_dim: int, inputs: int = 0):
+    def __init__(self, cfg: Config, action_dim: int, inputs: int):
         super().__init__(cfg, action_dim)
-        inputs, out = inputs or trunk.width, cfg.chunk * action_dim
-        self.linear = nn.Linear(inputs, out)
-        self.mlp = two_layers(inputs, cfg.head_width, out)
-        nn.init.zeros_(self.mlp[-1].weight)
-        nn.init.zeros_(self.mlp[-1].bias)
+        self.linear = nn.Linear(inputs, cfg.chunk * action_dim)
 
     def inputs(self, features: Features):
         return features.pooled()
+
+
+class MLP(ReadOut):
+    """--head mlp: an MLP corrects the read-out; squared error."""
+
+    def __init__(self, cfg: Config, trunk: "Trunk", action_dim: int, inputs: int = 0):
+        inputs = inputs or trunk.width
+        super().__init__(cfg, action_dim, inputs)
+        self.mlp = two_layers(inputs, cfg.head_width, cfg.chunk * action_dim)
+        start_as_zero(self.mlp[-1])
 
     def loss(self, features: Features, chunk):
         return (self.predict(features) - chunk).square()
@@ -310,17 +316,20 @@ class Bins(Head):
 EULER_STEPS = 10
 
 
-class Expert(Head):
+class Expert(ReadOut):
     """--head expert: SmolVLA's action expert (2506.01844). Flow matching by a transformer of C
     noised actions: its layers attend in turn to the prefix, which is the trunk's states and a token
-    of the robot's, and, causally, among actions; three quarters of the trunk's width, as many layers
-    as its language model. Conventions and time are FlowHead's, without its shift.
+    of the robot's, and, causally, among actions; three quarters of the trunk's width, as many
+    layers as its language model. Time and x_t are FlowHead's, without its shift.
+
+    Where SmolVLA predicts the velocity, this corrects the read-out to the chunk that x_t is of: the
+    velocity is (x_t - chunk) / t. README has what that is worth.
     """
 
     draws = 4                           # noise levels a sample
 
     def __init__(self, cfg: Config, trunk: "Trunk", action_dim: int):
-        super().__init__(cfg, action_dim)
+        super().__init__(cfg, action_dim, trunk.width)
         text = trunk.vlm.config.text_config
         heads, depth = text.num_attention_heads, text.num_hidden_layers
         width = heads * round(0.75 * trunk.width / heads)
@@ -336,49 +345,48 @@ class Expert(Head):
         self.blocks = nn.ModuleList(ExpertLayer(width, heads, crosses=i % 2 == 0)
                                     for i in range(depth))
         self.output = nn.Linear(width, action_dim)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        start_as_zero(self.output)
 
     def layers(self) -> list[nn.Module]:
         return [*self.blocks]
 
     def loss(self, features: Features, chunk):
-        keys_values, seen = self.look(features)
-        prefix = (keys_values.repeat_interleave(self.draws, 2),
-                  seen.repeat_interleave(self.draws, 0))
-        chunk = chunk.repeat_interleave(self.draws, 0)                  # (B * draws, C, A)
-        t = torch.rand(len(chunk), 1, 1, device=chunk.device) ** (1 / 1.5) * 0.999 + 0.001
-        noise = torch.randn_like(chunk)
-        velocity = self.velocity(t * noise + (1 - t) * chunk, t, prefix)
-        error = (velocity - (noise - chunk)).square()
-        return error.unflatten(0, (-1, self.draws)).mean(1)
+        t = torch.rand(self.draws, *chunk.shape[:1], 1, 1, device=chunk.device)
+        t = t ** (1 / 1.5) * 0.999 + 0.001                              # Beta(1.5, 1), by inversion
+        x = t * torch.randn_like(chunk.expand(self.draws, -1, -1, -1)) + (1 - t) * chunk
+        read_out, keys_values, seen = self.look(features)
+        prefix = (read_out.repeat(self.draws, 1, 1), keys_values.repeat(1, 1, self.draws, 1, 1, 1),
+                  seen.repeat(self.draws, 1, 1, 1))
+        predicted = self.chunk_of(x.flatten(0, 1), t.flatten(0, 1), prefix)
+        return (predicted.view_as(x) - chunk).square().mean(0)
 
     def predict(self, features: Features, noise):
         prefix, x = self.look(features), noise                          # once a chunk
         for i in range(EULER_STEPS):
             t = torch.full_like(x[:, :1, :1], 1 - i / EULER_STEPS)
-            x = x - self.velocity(x, t, prefix) / EULER_STEPS
+            x = x - (x - self.chunk_of(x, t, prefix)) / (EULER_STEPS - i)
         return x
 
     def look(self, features: Features):
-        """-> keys and values of the layers that cross, (crossing, 2, B, heads, T + 1, d), and which
-        tokens count, (B, 1, 1, T + 1)"""
+        """-> read-out (B, C, A), keys and values of the layers that cross, (crossing, 2, B, heads,
+        T + 1, d), and which tokens count, (B, 1, 1, T + 1)"""
         tokens = torch.cat([features.tokens, features.state[:, None]], 1)
         seen = F.pad(features.seen, (0, 1), value=1).bool()
         keys_values = self.prefix(tokens.to(self.place.dtype)).unflatten(2, self.split)
-        return keys_values.permute(2, 3, 0, 4, 1, 5), seen[:, None, None]
+        read_out = self.linear(self.inputs(features).to(self.place.dtype)).float()
+        return (read_out.unflatten(1, self.shape), keys_values.permute(2, 3, 0, 4, 1, 5),
+                seen[:, None, None])
 
-    def velocity(self, x, t, prefix):
-        """(B, C, A) at x (B, C, A), t (B, 1, 1). Parameters may be of another type (export)."""
-        keys_values, seen = prefix
+    def chunk_of(self, x, t, prefix):
+        """x (B, C, A), t (B, 1, 1). Parameters may be of another type (program_of)."""
+        read_out, keys_values, seen = prefix
         angle = t * self.frequency                                      # (B, 1, width / 2)
         time = torch.cat([angle.sin(), angle.cos()], 2).to(self.place.dtype)
         h = self.input(x.to(self.place.dtype))                          # (B, C, width)
-        time = time.expand(-1, h.shape[1], -1)
-        h = self.time(torch.cat([h, time], 2)) + self.place
+        h = self.time(torch.cat([h, time.expand(-1, h.shape[1], -1)], 2)) + self.place
         for i, block in enumerate(self.blocks):
             h = block(h, *keys_values[i // 2], seen) if block.crosses else block(h)
-        return self.output(F.layer_norm(h, h.shape[-1:])).float()
+        return read_out + self.output(F.layer_norm(h, h.shape[-1:])).float()
 
 
 class ExpertLayer(nn.Module):
@@ -406,6 +414,11 @@ class ExpertLayer(nn.Module):
 
 def two_layers(inputs: int, width: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, outputs))
+
+
+def start_as_zero(layer: nn.Linear):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 # a new one is a class that keeps to Head
@@ -946,7 +959,7 @@ def make_model(cfg: Config, trunk: Trunk, tokens, loader, device) -> Policy:
     model = Policy(cfg, trunk, statistics(loader, cfg.normalize)).to(device)
     batches = (data_oxe.to_device(batch, device, loader.image_size)
                for batch in loader.peek(cfg.eval_batches))
-    if isinstance(model.head, MLP):
+    if isinstance(model.head, ReadOut):
         start_at_closed_form(model, [to_inputs(batch, model, tokens, device) for batch in batches])
     return model
 
