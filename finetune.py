@@ -7,6 +7,9 @@ pretraining, and from video whose actions are decoded.
         --dtype bfloat16
     sbatch sbatch/finetune.sh                                           # Slurm
     python finetune.py --resume runs/finetune/last.pt                   # go on, or --export-only
+    python finetune.py --bench-policy runs/finetune/policy              # latency; needs no data
+    python finetune.py --bench-policy random --head expert --chunk 50 \\
+        --trunk HuggingFaceTB/SmolVLM2-500M-Video-Instruct              # of shapes
 
 In: RLDS episodes with actions through data_oxe.py, a stage2/ folder of vla.py, and laq.pt2.
 Out, in OUT: policy/ (policy.pt2, tokenizer files, manifest.json `policy.v1`, weights.safetensors),
@@ -18,8 +21,10 @@ Gradient steps on few labels forget what the video taught. So the labelled episo
 small decoder, in closed form: a frame pair's latent, with what the trunk made of both frames and
 the instruction, -> its action chunk. With it all video is labelled as its batches come, and the
 policy learns from true and decoded actions together (inverse dynamics as in VPT, arXiv 2206.11795,
-on latents as in LAPO, 2312.10812). Its weights are averaged over steps: single ones of cloned
-policies differ widely in success (Block et al., 2310.11428).
+on latents as in LAPO, 2312.10812). --head says how actions are read off the trunk: by an MLP,
+SmolVLA's flow-matching expert, a small flow, bins, or a decoder of what stage 2 predicts; each
+learns from both. The policy's weights are averaged over steps: single ones of cloned policies
+differ widely in success (Block et al., 2310.11428).
 
 Letters: B batch, L text tokens, P image tokens, C chunk, A action width, Ds state width, W trunk
 width, S latent tokens, D latent width, M rows of a fit.
@@ -395,14 +400,14 @@ class ExpertLayer(nn.Module):
 
     def __init__(self, width: int, heads: int, crosses: bool):
         super().__init__()
-        self.heads, self.crosses = heads, crosses
+        self.split, self.crosses = (-1, heads, width // heads), crosses
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.query = nn.Linear(width, width if crosses else 3 * width)  # or query, key and value
         self.out = nn.Linear(width, width)
         self.mlp = two_layers(width, 4 * width, width)
 
     def forward(self, h, keys=None, values=None, seen=None):
-        query = self.query(self.norms[0](h)).unflatten(2, (-1, self.heads, h.shape[2] // self.heads))
+        query = self.query(self.norms[0](h)).unflatten(2, self.split)
         query = query.permute(2, 0, 3, 1, 4)                            # (1 or 3, B, heads, C, d)
         if self.crosses:
             mixed = F.scaled_dot_product_attention(query[0], keys, values, attn_mask=seen)
@@ -872,8 +877,6 @@ def judged(m: dict, cfg: Config) -> float:
 
 # ------------------------------------------------------------ main
 def main(cfg: Config) -> int:
-    if cfg.bench_policy:
-        return bench(cfg)
     pretraining = read_stage2(cfg)
     check(cfg, pretraining)
     rank, world, device = setup(cfg)
@@ -1841,26 +1844,25 @@ def bench(cfg: Config) -> int:
     else:
         check_sums(Path(cfg.bench_policy))
         program, _ = open_program(Path(cfg.bench_policy) / "policy.pt2")
+    on_gpu, threads = find_device().type == "cuda", torch.get_num_threads()         # TF32, as ever
     millions = sum(x.numel() for x in program.parameters()) / 1e6
-    threads, on_gpu = torch.get_num_threads(), find_device().type == "cuda"         # TF32, as ever
-    print(f"{cfg.bench_policy}: {millions:.1f}M parameters; torch {torch.__version__}, {threads} CPU "
-          f"threads; ms: the first call, then medians\n" + " ".join([f"{'':13s}", *BENCHED]))
+    print(f"{cfg.bench_policy}: {millions:.1f}M parameters; torch {torch.__version__}, {threads} "
+          f"CPU threads; ms of the first call, then medians")
+    print(f"{'':13s} batch", *(f"{name:>8s}" for name in BENCHED))
     rows = []
-    for how in ["cpu", *["cuda", "cuda compiled"] * on_gpu]:
+    for device in ["cpu", *["cuda", "cuda compiled"] * on_gpu]:
         for batch in (1, 8, 32):
-            row = time_program(program, how, batch)
-            rows.append({"device": how, "batch": batch, **dict(zip(BENCHED[1:], row))})
-            figures = [f"{x:{len(name)}.{1 if x < 1000 else 0}f}" for x, name in zip(row, BENCHED[1:])]
-            print(" ".join([f"{how:13s}", f"{batch:5d}", *figures]), flush=True)
+            times = time_program(program, device, batch)
+            print(f"{device:13s} {batch:5d}", *(f"{x:8.5g}" for x in times), flush=True)
+            rows.append({"device": device, "batch": batch, **dict(zip(BENCHED, times))})
     found = {"policy": cfg.bench_policy, "threads": threads, "torch": torch.__version__,
-             "rows": [{name.strip(): value for name, value in row.items()} for row in rows],
-             "config": asdict(cfg)}
+             "rows": rows, "config": asdict(cfg)}
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     (Path(cfg.out) / "bench.json").write_text(json.dumps(found, indent=1))
     return 0
 
 
-BENCHED = "batch", "   first", "  steady", "  vision", "  prefix", "    head", "peak MB"
+BENCHED = "first", "steady", "vision", "prefix", "head", "peak MB"
 
 
 def random_policy(cfg: Config) -> Policy:
@@ -1874,22 +1876,24 @@ def random_policy(cfg: Config) -> Policy:
 
 @torch.no_grad()
 def time_program(program, how: str, batch: int) -> list[float]:
-    """BENCHED but the batch. The peak is of the process so far, or of the GPU's tensors."""
+    """BENCHED. The peak is of the process so far, or of the GPU's tensors."""
     device, _, compiled = how.partition(" ")
-    compile = partial(torch.compile, dynamic=False) if compiled else lambda module: module
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         program = move_to_device_pass(copy.deepcopy(program), device)
     examples = [node.meta["val"] for node in program.graph.nodes
                 if node.name in program.graph_signature.user_inputs]
     inputs = [torch.ones(batch, *x.shape[1:], dtype=x.dtype, device=device) for x in examples]
-    first, steady = time_call(compile(program.module()), inputs, device)
+    prepare = partial(torch.compile, dynamic=False) if compiled else lambda module: module
+    first, steady = time_call(prepare(program.module()), inputs, device)
     parts, given = in_parts(program.module()), []
     modules = [getattr(parts, f"submod_{i}") for i in range(3)]
-    for part in modules:
-        part.register_forward_pre_hook(lambda part, arguments: given.append(arguments))
+    hooks = [module.register_forward_pre_hook(lambda module, args: given.append(args))
+             for module in modules]
     parts(*inputs)
-    times = [time_call(compile(part), x, device)[1] for part, x in zip(modules, list(given))]
+    for hook in hooks:
+        hook.remove()
+    times = [time_call(prepare(module), args, device)[1] for module, args in zip(modules, given)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 1e6
@@ -2581,4 +2585,5 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
 
 
 if __name__ == "__main__":
-    run(main, tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    run(bench if config.bench_policy else main, config)

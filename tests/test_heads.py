@@ -1,7 +1,6 @@
 """finetune.py's action heads, what it exports and --bench-policy, tiny, on CPU, offline."""
 import contextlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -141,11 +140,12 @@ def test_what_heads_cannot_do_is_one_line(stage2, tmp_path):
     for says, args in {
             "--init none has no stage 2": ["--init", "none", "--head", "latent"],
             "give --normalize quantile": ["--init", "none", "--head", "bins", "--normalize",
-                                          "meanstd"],
-            "random has no stage 2": ["--bench-policy", "random", "--head", "latent"]}.items():
+                                          "meanstd"]}.items():
         with pytest.raises(SystemExit, match=says) as error:
             finetune.main(tyro.cli(finetune.Config, args=[*args, "--out", str(tmp_path / "o")]))
         assert "\n" not in error.value.code
+    with pytest.raises(SystemExit, match="random has no stage 2"):
+        finetune.bench(finetune.Config(bench_policy="random", head="latent"))
     with pytest.raises(SystemExit, match="is of --mode codes"):
         finetune.Stage2Head(str(stage2["codes"][0]), 96)
     assert not [*tmp_path.rglob("*")]
@@ -154,7 +154,7 @@ def test_what_heads_cannot_do_is_one_line(stage2, tmp_path):
 # ------------------------------------------------------------ policy/
 @pytest.mark.parametrize("head", finetune.HEADS)
 def test_an_exported_program_acts_as_the_module(head, stage2, tmp_path):
-    """Saved and opened as rollout.py opens it; only flows need noise. In bfloat16 about the same."""
+    """Saved and opened as rollout.py opens it; only flows need noise. bfloat16: about the same."""
     policy, batch, noise = policy_of(head, stage2), inputs_of(3), torch.randn(2, 3, 8, 4)
     inputs = [batch[name] for name in ("images", "state", "ids", "mask")]
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_a_bench_needs_no_data(stages, tmp_path):
               "finetune.time_call = lambda *args: once(*args, seconds=0)\n"
               "for policy in sys.argv[1:]:\n"
               "    args = ['--bench-policy', policy, '--head', 'expert', '--out', 'out']\n"
-              "    finetune.main(tyro.cli(finetune.Config, args=args))\n")
+              "    finetune.bench(tyro.cli(finetune.Config, args=args))\n")
     p = subprocess.run([sys.executable, "-c", script, str(stages / "ft/policy"), "random"],
                        cwd=tmp_path, text=True, capture_output=True,
                        env={**ENV, "PYTHONPATH": str(ROOT)})
