@@ -1314,14 +1314,16 @@ def episode_values(builder, features: dict, key: str) -> list[str | None]:
     return values
 
 
-def tasks_of(data: str, name: str) -> list[str]:
-    """The simulator's names of the tasks that a recording of rollout.py holds."""
+def world_of(data: str, name: str) -> tuple[str, list[str]]:
+    """The world and the tasks that a recording of rollout.py holds: its files are WORLD/TASK/SEED."""
     builder = open_builder(data, name, find_entry(data, name))
-    features, key = flat_features(builder), "episode_metadata/task"
-    if key not in features:
-        fail(f"dataset '{name}' was not recorded by rollout.py (it has no feature '{key}'), so "
-             f"there is no world to act in")
-    return sorted(set(episode_values(builder, features, key)) - {None})
+    features = flat_features(builder)
+    if "episode_metadata/task" not in features:
+        fail(f"dataset '{name}' was not recorded by rollout.py (it has no feature "
+             f"'episode_metadata/task'), so there is no world to act in")
+    paths = episode_values(builder, features, "episode_metadata/file_path")
+    places = [path.rsplit("/", 2) for path in paths if path]
+    return places[0][0], sorted({task for _, task, _ in places})
 
 
 def side_file(builder, what: str, **depends):

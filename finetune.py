@@ -3,6 +3,7 @@ pretraining, and from video whose actions are decoded.
 
     python finetune.py --init runs/vla/stage2 --laq-ckpt runs/laq/laq.pt2 --episodes-per-task 2
     python finetune.py --init none --trunk tiny --episodes-per-task 2   # the control
+    python finetune.py --label-fraction 0.05 --rollout-every 250        # the best by success
     torchrun --nproc_per_node=4 finetune.py --init runs/vla/stage2 --batch-size 256 \\
         --dtype bfloat16
     sbatch sbatch/finetune.sh                                           # Slurm
@@ -13,9 +14,10 @@ pretraining, and from video whose actions are decoded.
 
 In: RLDS episodes with actions through data_oxe.py, a stage2/ folder of vla.py, and laq.pt2.
 Out, in OUT: policy/ (policy.pt2, tokenizer files, manifest.json `policy.v1`, weights.safetensors),
-last.pt, metrics.jsonl. policy.pt2 maps (images uint8 (B, H, W, 3), state float32 (B, Ds), ids,
-mask int64 (B, L), noise float32 (B, C, A)) to actions float32 (B, C, A) in units of the
-mix's first dataset; it runs with torch alone. With --cameras N images are (B, N, H, W, 3).
+last.pt, metrics.jsonl, with --rollout-every rollout/. policy.pt2 maps (images uint8 (B, H, W, 3),
+state float32 (B, Ds), ids, mask int64 (B, L), noise float32 (B, C, A)) to actions float32 (B, C, A)
+in units of the mix's first dataset; it runs with torch alone. With --cameras N images are
+(B, N, H, W, 3), in the order of the manifest's "cameras"; a black one is a missing camera.
 
 Gradient steps on few labels forget what the video taught. So the labelled episodes first teach a
 small decoder, in closed form: a frame pair's latent, with what the trunk made of both frames and
@@ -811,13 +813,15 @@ class Nearest:
     are any. Of the first dataset."""
 
     def __init__(self, loader, device, batches: int = 32):
-        rows = [data_oxe.to_device(batch, device, loader.image_size)
-                for batch in loader.peek(batches)]
-        mine = torch.cat([batch["dataset"] for batch in rows]) == 0
-        self.cells = torch.cat([self.cells_of(batch) for batch in rows])[mine]      # (M, N * 192)
-        self.actions = torch.cat([batch["actions"] for batch in rows])[mine]        # (M, C, A)
-        texts = np.concatenate([batch["instruction"] for batch in rows])
-        self.texts = texts[mine.cpu().numpy()]
+        cells, actions, texts = [], [], []
+        for batch in loader.peek(batches):
+            mine = batch["dataset"] == 0
+            texts.append(np.array(batch["instruction"])[mine])
+            batch = data_oxe.to_device(batch, device, loader.image_size)
+            cells.append(self.cells_of(batch)[torch.from_numpy(mine)])
+            actions.append(batch["actions"][torch.from_numpy(mine)])
+        self.cells, self.actions = torch.cat(cells), torch.cat(actions)     # (M, N*192), (M, C, A)
+        self.texts = np.concatenate(texts)
 
     def cells_of(self, batch: dict):
         images = pictures(batch).flatten(0, -4).permute(0, 3, 1, 2).float() / 255
@@ -887,7 +891,7 @@ def main(cfg: Config) -> int:
     freeze(trunk, cfg)
     tokens = Tokens(tokenizer, cfg.text_len)
     loader = Sources(cfg, trunk.image_size, labeller, local, rank, world)
-    fit_loader, val_loader = evaluation_loaders(cfg, trunk.image_size)
+    fit_loader, val_loader = labelled_loaders(cfg, trunk.image_size)
     rollouts = Rollouts(cfg, tokenizer, loader.labelled, pretraining)
     model = make_model(cfg, trunk, tokens, fit_loader, device)
     nearest = Nearest(fit_loader, device)
@@ -949,7 +953,7 @@ def main(cfg: Config) -> int:
 
 
 # ------------------------------------------------------------ a reader may stop here
-def evaluation_loaders(cfg: Config, image_size: int) -> tuple:
+def labelled_loaders(cfg: Config, image_size: int) -> tuple:
     """Labelled training episodes, to fit on and to copy from, and held-out ones."""
     load = partial(data_oxe.Loader, cfg, batch_size=64, image_size=image_size, horizon_s=0.0,
                    chunk=cfg.chunk, fraction=cfg.label_fraction, cameras=cfg.cameras, shuffle_mb=8)
@@ -1027,7 +1031,8 @@ def slow_down(optimizer, part: nn.Module, share: float):
 class Rollouts:
     """Success of the policy while it learns, each rollout_every steps and at the end: rollout.py,
     in a process of its own on rank 0's node, acts in the world and on the tasks of the mix's first
-    dataset. Training waits. Results, videos and log: OUT/rollout/step_N.
+    dataset. Training waits for it, so that a resumed run is equal; the first is of step 0, so that
+    a simulator that does not start is told at once. Results, videos, log: OUT/rollout/step_N.
 
     rollouts(model, step, stop_flag) -> {"success": share, "failures": number of episodes}; {} where
     none are due, or a signal came meanwhile. All ranks call it.
@@ -1040,9 +1045,9 @@ class Rollouts:
         if not cfg.rollout_every:
             return
         name = loader.names[0]
-        tasks = data_oxe.tasks_of(cfg.data, name)
+        world, tasks = data_oxe.world_of(cfg.data, name)
         self.command = [sys.executable, str(Path(__file__).with_name("rollout.py")),
-                        "--world", name.partition("_")[0], "--tasks", *tasks,
+                        "--world", world, "--tasks", *tasks,
                         "--episodes", str(cfg.rollout_episodes), "--seed", str(self.seeds)]
         if level := re.search(r"_distract(\d+)$", name):
             self.command += ["--distract", str(int(level[1]) / 100)]
@@ -1081,7 +1086,8 @@ class Rollouts:
                  f"see '{path}'")
         shutil.rmtree(folder / "policy")
         every = json.loads((folder / "results.json").read_text())["tasks"]["all"]
-        return {"success": every["rate"], "failures": every["episodes"] - every["successes"]}
+        successes, episodes = every["successes"], every["episodes"]
+        return {"success": successes / episodes, "failures": episodes - successes}
 
 
 class Sources:
