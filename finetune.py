@@ -1486,7 +1486,7 @@ class Stage2Head(nn.Module):
     def forward(self, readout):
         if self.codes:
             return self.head(readout).unflatten(1, (-1, self.codes)).softmax(-1).flatten(1)
-        noise = torch.ones_like(readout[:, :1]).expand(-1, self.width)
+        noise = readout.new_ones(self.width).expand(readout.shape[0], -1)
         return self.head.sample(readout, noise)                         # as in vla.py
 
 
