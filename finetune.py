@@ -8,6 +8,9 @@ pretraining, and from video whose actions are decoded.
         --dtype bfloat16
     sbatch sbatch/finetune.sh                                           # Slurm
     python finetune.py --resume runs/finetune/last.pt                   # go on, or --export-only
+    python finetune.py --bench-policy runs/finetune/policy              # latency; needs no data
+    python finetune.py --bench-policy random --head expert --chunk 50 \\
+        --trunk HuggingFaceTB/SmolVLM2-500M-Video-Instruct              # of shapes
 
 In: RLDS episodes with actions through data_oxe.py, a stage2/ folder of vla.py, and laq.pt2.
 Out, in OUT: policy/ (policy.pt2, tokenizer files, manifest.json `policy.v1`, weights.safetensors),
@@ -20,8 +23,10 @@ Gradient steps on few labels forget what the video taught. So the labelled episo
 small decoder, in closed form: a frame pair's latent, with what the trunk made of both frames and
 the instruction, -> its action chunk. With it all video is labelled as its batches come, and the
 policy learns from true and decoded actions together (inverse dynamics as in VPT, arXiv 2206.11795,
-on latents as in LAPO, 2312.10812). Its weights are averaged over steps: single ones of cloned
-policies differ widely in success (Block et al., 2310.11428).
+on latents as in LAPO, 2312.10812). --head says how actions are read off the trunk: by an MLP,
+SmolVLA's flow-matching expert, a small flow, bins, or a decoder of what stage 2 predicts; each
+learns from both. The policy's weights are averaged over steps: single ones of cloned policies
+differ widely in success (Block et al., 2310.11428).
 
 Letters: B batch, L text tokens, P image tokens, C chunk, A action width, Ds state width, W trunk
 width, S latent tokens, D latent width, M rows of a fit.
@@ -36,6 +41,7 @@ import math
 import os
 import pickle
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -49,7 +55,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +69,7 @@ from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shar
                                     register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.export.passes import move_to_device_pass
+from torch.fx.passes.split_module import split_module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
@@ -97,6 +104,7 @@ class Config(data_oxe.DataConfig):
     lora_rank: int = 0                      # of LoRA, which then is all that learns there; 0: none
     lora_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")    # that LoRA changes
     cameras: int = 1                        # N, pictures it sees; black where a dataset has fewer
+    head: Literal["mlp", "expert", "flow", "bins", "latent"] = "mlp"    # see HEADS
     head_width: int = 256                   # hidden units of the head
     chunk: int = 8                          # C, actions predicted at once
     use_state: bool = True                  # give the head the robot's proprioception
@@ -137,6 +145,8 @@ class Config(data_oxe.DataConfig):
     wandb: bool = False                     # also log to Weights & Biases
     resume: str = ""                        # last.pt to continue, in its folder; auto: OUT's if any
     export_only: bool = False               # with --resume: write the hand-over again and stop
+    export_dtype: Literal["float32", "bfloat16"] = "float32"    # weights in policy.pt2
+    bench_policy: str = ""                  # time this policy/, or 'random': --trunk and --head
 
 
 # ------------------------------------------------------------ model and loss
@@ -144,7 +154,7 @@ class Policy(nn.Module):
     """Trunk, normalization and action head.
 
     forward(batch of to_inputs) -> losses by name, of normalized action chunks
-    act(batch) -> actions (B, C, A) in the units of the first dataset
+    act(batch, noise (B, C, A); None: drawn) -> actions (B, C, A) in the units of the first dataset
     """
 
     entries = ("act",)                                                  # see shard
@@ -153,51 +163,273 @@ class Policy(nn.Module):
         super().__init__()
         self.cfg, self.trunk = cfg, trunk
         self.action_dim, state_dim = (stats[f"{x}_offset"].shape[1] for x in ("action", "state"))
-        out = cfg.chunk * self.action_dim
         self.from_state = nn.Linear(state_dim, trunk.width)
-        self.linear = nn.Linear(trunk.width, out)                       # see start_at_closed_form
-        self.head = nn.Sequential(nn.Linear(trunk.width, cfg.head_width), nn.SiLU(),
-                                  nn.Linear(cfg.head_width, out))
-        nn.init.zeros_(self.head[-1].weight)
-        nn.init.zeros_(self.head[-1].bias)
+        self.head = HEADS[cfg.head](cfg, trunk, self.action_dim)
         for name, value in stats.items():                               # (datasets, A or Ds)
             self.register_buffer(name, value)
         self.register_buffer("error", torch.tensor(torch.inf))          # held out, where evaluated
 
     def forward(self, batch: dict) -> dict:
-        error = (self.predict(batch) - batch["chunk"]).square().mean(2)             # (B, C)
-        error = error * batch["weight"]
+        chunk = batch["chunk"].masked_fill(batch["weight"][..., None] == 0, 0)      # (B, C, A)
+        error = self.head.loss(self.features(batch), chunk)                         # (B, C, A)
+        error = error.mean(2) * batch["weight"]                                     # (B, C)
         parts = {"labelled": (error * ~batch["is_video"][:, None]).mean()}
         if self.cfg.laq_ckpt:
             parts["video"] = (error * batch["is_video"][:, None]).mean()
         return parts
 
-    def act(self, batch: dict):
-        chunk = self.predict({**batch, "dataset": torch.zeros_like(batch["ids"][:, 0])})
+    def act(self, batch: dict, noise=None):
+        ids = batch["ids"]
+        if noise is None:
+            noise = torch.randn(ids.shape[0], self.cfg.chunk, self.action_dim, device=ids.device)
+        features = self.features({**batch, "dataset": torch.zeros_like(ids[:, 0])})
+        chunk = self.head.predict(features, noise)
         return chunk * self.action_scale[0] + self.action_offset[0]     # (B, C, A)
 
-    def predict(self, batch: dict):
-        """Normalized action chunks (B, C, A)."""
-        x = self.features(batch)
-        return (self.linear(x) + self.head(x)).unflatten(1, (self.cfg.chunk, self.action_dim))
-
     def layers(self) -> list[nn.Module]:
-        return self.trunk.layers()
+        return [*self.trunk.layers(), *self.head.layers()]
 
-    def features(self, batch: dict):
+    def features(self, batch: dict) -> "Features":
         images, dataset = batch["images"], batch["dataset"]
         state = (batch["state"] - self.state_offset[dataset]) / self.state_scale[dataset]
         if self.cfg.blind:
             images = torch.zeros_like(images)
         if not self.cfg.use_state:
             state = torch.zeros_like(state)
-        return self.trunk(images, batch["ids"], batch["mask"]) + self.from_state(state)     # (B, W)
+        tokens, seen = self.trunk.prompt(images, batch["ids"], batch["mask"])
+        return Features(self.trunk.hidden(tokens, seen), seen, self.from_state(state))
 
     def normalized(self, batch: dict):
         """The loader's actions, (B, C, A)."""
         dataset = batch["dataset"]
         offset, scale = self.action_offset[dataset, None], self.action_scale[dataset, None]
         return (batch["actions"] - offset) / scale
+
+
+class Features(NamedTuple):
+    """What a head knows: the trunk's states (B, T, W), of which the last is the readout; which of
+    them count (B, T); the robot's state (B, W)."""
+    tokens: torch.Tensor
+    seen: torch.Tensor
+    state: torch.Tensor
+
+    def pooled(self):
+        return self.tokens[:, -1] + self.state                          # (B, W)
+
+
+class Head(nn.Module):
+    """An action head.
+
+    loss(features, chunk (B, C, A), normalized) -> error of each number, (B, C, A)
+    predict(features, noise (B, C, A)) -> normalized chunk (B, C, A); most need no noise
+    """
+
+    def __init__(self, cfg: Config, action_dim: int):
+        super().__init__()
+        self.shape = cfg.chunk, action_dim                              # C, A
+
+    def layers(self) -> list[nn.Module]:
+        return []                                                       # see shard
+
+
+class ReadOut(Head):
+    """A linear read-out, set in closed form before the first step (start_at_closed_form): what few
+    labels say is there at once, and what a subclass adds starts as zero."""
+
+    def __init__(self, cfg: Config, action_dim: int, inputs: int):
+        super().__init__(cfg, action_dim)
+        self.linear = nn.Linear(inputs, cfg.chunk * action_dim)
+
+    def inputs(self, features: Features):
+        return features.pooled()
+
+
+class MLP(ReadOut):
+    """--head mlp: an MLP corrects the read-out; squared error."""
+
+    def __init__(self, cfg: Config, trunk: "Trunk", action_dim: int, inputs: int = 0):
+        inputs = inputs or trunk.width
+        super().__init__(cfg, action_dim, inputs)
+        self.mlp = two_layers(inputs, cfg.head_width, cfg.chunk * action_dim)
+        start_as_zero(self.mlp[-1])
+
+    def loss(self, features: Features, chunk):
+        return (self.predict(features) - chunk).square()
+
+    def predict(self, features: Features, noise=None):
+        x = self.inputs(features)
+        return (self.linear(x) + self.mlp(x)).unflatten(1, self.shape)
+
+
+class Latent(MLP):
+    """--head latent: the same on what stage 2's head predicts, and the state. Its weights come with
+    --init and learn on."""
+
+    def __init__(self, cfg: Config, trunk: "Trunk", action_dim: int):
+        prediction = Stage2Head(cfg.init, trunk.width)
+        super().__init__(cfg, trunk, action_dim, prediction.width + trunk.width)
+        self.prediction = prediction
+
+    def inputs(self, features: Features):
+        latent = self.prediction(features.tokens[:, -1])                # (B, N)
+        return torch.cat([latent, features.state], 1)
+
+
+class Flow(Head):
+    """--head flow: flow matching, given the readout and the state (FlowHead)."""
+
+    def __init__(self, cfg: Config, trunk: "Trunk", action_dim: int):
+        super().__init__(cfg, action_dim)
+        self.flow = FlowHead(cfg.chunk * action_dim, trunk.width, cfg.head_width, 2, EULER_STEPS)
+
+    def loss(self, features: Features, chunk):
+        errors = self.flow.errors(chunk.flatten(1), features.pooled())  # (draws * B, C * A)
+        return errors.unflatten(0, (self.flow.draws, -1)).mean(0).unflatten(1, self.shape)
+
+    def predict(self, features: Features, noise):
+        return self.flow.sample(features.pooled(), noise.flatten(1)).unflatten(1, self.shape)
+
+
+class Bins(Head):
+    """--head bins: each number is one of 256 equal bins between its 1st and 99th percentile, as in
+    RT-2 (2307.15818) and OpenVLA (2406.09246), but all at once; cross-entropy, the likeliest."""
+
+    bins = 256
+
+    def __init__(self, cfg: Config, trunk: "Trunk", action_dim: int):
+        super().__init__(cfg, action_dim)
+        out = cfg.chunk * action_dim * self.bins
+        self.mlp = two_layers(trunk.width, cfg.head_width, out)
+
+    def loss(self, features: Features, chunk):
+        scores = self.scores(features).flatten(0, 2).float()            # (B * C * A, 256)
+        error = F.cross_entropy(scores, self.bin_of(chunk).flatten(), reduction="none")
+        return error.view_as(chunk)
+
+    def predict(self, features: Features, noise=None):
+        return self.center_of(self.scores(features).argmax(-1))
+
+    def scores(self, features: Features):
+        return self.mlp(features.pooled()).unflatten(1, (*self.shape, self.bins))
+
+    def bin_of(self, x):
+        """Of normalized numbers: the percentiles are -1 and 1."""
+        return ((x + 1) / 2 * self.bins).long().clamp(0, self.bins - 1)
+
+    def center_of(self, number):
+        return 2 * (number + 0.5) / self.bins - 1
+
+
+EULER_STEPS = 10
+
+
+class Expert(ReadOut):
+    """--head expert: SmolVLA's action expert (2506.01844). Flow matching by a transformer of C
+    noised actions: its layers attend in turn to the prefix, which is the trunk's states and a token
+    of the robot's, and, causally, among actions; three quarters of the trunk's width, as many
+    layers as its language model. Time and x_t are FlowHead's, without its shift.
+
+    Where SmolVLA predicts the velocity, this corrects the read-out to the chunk that x_t is of: the
+    velocity is (x_t - chunk) / t. README has what that is worth.
+    """
+
+    draws = 4                           # noise levels a sample
+
+    def __init__(self, cfg: Config, trunk: "Trunk", action_dim: int):
+        super().__init__(cfg, action_dim, trunk.width)
+        text = trunk.vlm.config.text_config
+        heads, depth = text.num_attention_heads, text.num_hidden_layers
+        width = heads * round(0.75 * trunk.width / heads)
+        crossing = (depth + 1) // 2
+        self.split = crossing, 2, heads, width // heads
+        self.prefix = nn.Sequential(nn.LayerNorm(trunk.width),
+                                    nn.Linear(trunk.width, 2 * crossing * width))
+        period = 4e-3 * (4 / 4e-3) ** torch.linspace(0, 1, width // 2)
+        self.register_buffer("frequency", 2 * math.pi / period, persistent=False)
+        self.input = nn.Linear(action_dim, width)
+        self.time = two_layers(width + 2 * len(period), width, width)
+        self.place = nn.Parameter(0.02 * torch.randn(cfg.chunk, width))
+        self.blocks = nn.ModuleList(ExpertLayer(width, heads, crosses=i % 2 == 0)
+                                    for i in range(depth))
+        self.output = nn.Linear(width, action_dim)
+        start_as_zero(self.output)
+
+    def layers(self) -> list[nn.Module]:
+        return [*self.blocks]
+
+    def loss(self, features: Features, chunk):
+        t = torch.rand(self.draws, *chunk.shape[:1], 1, 1, device=chunk.device)
+        t = t ** (1 / 1.5) * 0.999 + 0.001                              # Beta(1.5, 1), by inversion
+        x = t * torch.randn_like(chunk.expand(self.draws, -1, -1, -1)) + (1 - t) * chunk
+        read_out, keys_values, seen = self.look(features)
+        prefix = (read_out.repeat(self.draws, 1, 1), keys_values.repeat(1, 1, self.draws, 1, 1, 1),
+                  seen.repeat(self.draws, 1, 1, 1))
+        predicted = self.chunk_of(x.flatten(0, 1), t.flatten(0, 1), prefix)
+        return (predicted.view_as(x) - chunk).square().mean(0)
+
+    def predict(self, features: Features, noise):
+        prefix, x = self.look(features), noise                          # once a chunk
+        for i in range(EULER_STEPS):
+            t = torch.full_like(x[:, :1, :1], 1 - i / EULER_STEPS)
+            x = x - (x - self.chunk_of(x, t, prefix)) / (EULER_STEPS - i)
+        return x
+
+    def look(self, features: Features):
+        """-> read-out (B, C, A), keys and values of the layers that cross, (crossing, 2, B, heads,
+        T + 1, d), and which tokens count, (B, 1, 1, T + 1)"""
+        tokens = torch.cat([features.tokens, features.state[:, None]], 1)
+        seen = F.pad(features.seen, (0, 1), value=1).bool()
+        keys_values = self.prefix(tokens.to(self.place.dtype)).unflatten(2, self.split)
+        read_out = self.linear(self.inputs(features).to(self.place.dtype)).float()
+        return (read_out.unflatten(1, self.shape), keys_values.permute(2, 3, 0, 4, 1, 5),
+                seen[:, None, None])
+
+    def chunk_of(self, x, t, prefix):
+        """x (B, C, A), t (B, 1, 1). Parameters may be of another type (program_of)."""
+        read_out, keys_values, seen = prefix
+        angle = t * self.frequency                                      # (B, 1, width / 2)
+        time = torch.cat([angle.sin(), angle.cos()], 2).to(self.place.dtype)
+        h = self.input(x.to(self.place.dtype))                          # (B, C, width)
+        h = self.time(torch.cat([h, time.expand(-1, h.shape[1], -1)], 2)) + self.place
+        for i, block in enumerate(self.blocks):
+            h = block(h, *keys_values[i // 2], seen) if block.crosses else block(h)
+        return read_out + self.output(F.layer_norm(h, h.shape[-1:])).float()
+
+
+class ExpertLayer(nn.Module):
+    """Attention to keys and values (B, heads, T, d), or else to the actions before each, then an
+    MLP. h (B, C, width) -> the same."""
+
+    def __init__(self, width: int, heads: int, crosses: bool):
+        super().__init__()
+        self.split, self.crosses = (-1, heads, width // heads), crosses
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.query = nn.Linear(width, width if crosses else 3 * width)  # or query, key and value
+        self.out = nn.Linear(width, width)
+        self.mlp = two_layers(width, 4 * width, width)
+
+    def forward(self, h, keys=None, values=None, seen=None):
+        query = self.query(self.norms[0](h)).unflatten(2, self.split)
+        query = query.permute(2, 0, 3, 1, 4)                            # (1 or 3, B, heads, C, d)
+        if self.crosses:
+            mixed = F.scaled_dot_product_attention(query[0], keys, values, attn_mask=seen)
+        else:
+            mixed = F.scaled_dot_product_attention(*query, is_causal=True)
+        h = h + self.out(mixed.transpose(1, 2).flatten(2))
+        return h + self.mlp(self.norms[1](h))
+
+
+def two_layers(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, outputs))
+
+
+def start_as_zero(layer: nn.Linear):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+# a new one is a class that keeps to Head
+HEADS = {"mlp": MLP, "expert": Expert, "flow": Flow, "bins": Bins, "latent": Latent}
 
 
 class Decoder:
@@ -384,7 +616,10 @@ class Trunk(nn.Module):
     def read(self, tokens, seen, more=None):
         """What prompt gives, and embeddings that follow the readout, (B, E, W) -> hidden states of
         the readout and of these, (B, 1 + E, W)"""
-        last = tokens.shape[1] - 1
+        return self.hidden(tokens, seen, more)[:, tokens.shape[1] - 1:]
+
+    def hidden(self, tokens, seen, more=None):
+        """The same -> hidden states of all, (B, T + E, W)"""
         if more is not None:
             tokens = torch.cat([tokens, more.to(tokens.dtype)], 1)                  # (B, T, W)
             seen = F.pad(seen, (0, more.shape[1]), value=1)
@@ -395,7 +630,7 @@ class Trunk(nn.Module):
         # (B, T) mask transformers asks the GPU whether it is all ones
         hidden = self.vlm.text_model(inputs_embeds=tokens, attention_mask=seen,
                                      position_ids=positions, use_cache=False)
-        return hidden.last_hidden_state[:, last:].float()
+        return hidden.last_hidden_state.float()
 
     def see(self, images):
         """Features of all patches, (B, patches, vision width). The vision tower's own forward asks
@@ -404,8 +639,72 @@ class Trunk(nn.Module):
         x = images.permute(0, 3, 1, 2).float() / 127.5 - 1                          # (B, 3, H, W)
         side = self.image_size // tower.patch_size
         everywhere = torch.ones(x.shape[0], side, side, dtype=torch.bool, device=x.device)
+        x = x.to(tower.embeddings.patch_embedding.weight.dtype)         # of an export
         x = tower.embeddings(pixel_values=x, patch_attention_mask=everywhere)
         return tower.post_layernorm(tower.encoder(inputs_embeds=x).last_hidden_state)
+
+
+class FlowHead(nn.Module):
+    """Flow matching (Lipman et al., 2210.02747) of a flat vector given a condition, with SmolVLA's
+    conventions: x_t = t noise + (1 - t) x, the network predicts noise - x, sampling goes from t = 1
+    to 0 in Euler steps.
+
+    loss(x (B, N), cond (B, W), weight (B, N)) -> scalar; sample(cond, noise (B, N)) -> (B, N)
+    """
+
+    draws = 8               # noise levels a sample: the head is cheap beside the trunk
+
+    def __init__(self, n: int, cond: int, width: int, depth: int, steps: int):
+        super().__init__()
+        self.steps = steps                                                  # Euler steps
+        period = 4e-3 * (4 / 4e-3) ** torch.linspace(0, 1, 32)
+        self.register_buffer("frequency", 2 * math.pi / period, persistent=False)
+        self.input = nn.Linear(n, width)
+        self.time = nn.Linear(64, width)
+        self.cond = nn.Linear(cond, width)
+        self.mod = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(depth))
+        self.mlp = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+            for _ in range(depth))
+        self.output = nn.Linear(width, n)
+        for layer in [*self.mod, self.output]:              # blocks start as identity, output 0
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x, t, cond):
+        """Velocity (B, N) at x (B, N), t (B,)."""
+        angle = t[:, None] * self.frequency                                         # (B, 32)
+        time = self.time(torch.cat([angle.sin(), angle.cos()], 1))                  # (B, width)
+        c = F.silu(self.cond(cond) + time)
+        h = self.input(x) + c
+        for mod, mlp in zip(self.mod, self.mlp):
+            scale, bias, gate = mod(c).chunk(3, 1)
+            h = h + gate * mlp(F.layer_norm(h, h.shape[-1:]) * (1 + scale) + bias)
+        return self.output(F.layer_norm(h, h.shape[-1:]))
+
+    def loss(self, x, cond, weight):
+        weight = weight.repeat(self.draws, 1)
+        error = self.errors(x, cond) * weight
+        error = error.sum(1) / weight.sum(1).clamp(min=1)
+        return error.mean()                     # of samples: alike however processes divide them
+
+    def errors(self, x, cond):
+        """Squared velocity errors (draws * B, N). t ~ Beta(1.5, 1) as in SmolVLA, then shifted
+        towards noise (SD3, 2403.03206): in many dimensions x_t gives x away unless t is close to
+        1."""
+        x, cond = (a.repeat(self.draws, 1) for a in (x, cond))
+        t = torch.rand(len(x), device=x.device) ** (1 / 1.5) * 0.999 + 0.001        # by inversion
+        t = 4 * t / (1 + 3 * t)
+        noise = torch.randn_like(x)
+        velocity = self(t[:, None] * noise + (1 - t[:, None]) * x, t, cond)
+        return (velocity - (noise - x)).square()
+
+    def sample(self, cond, noise):
+        x = noise
+        for i in range(self.steps):
+            t = torch.full_like(x[:, 0], 1 - i / self.steps)
+            x = x - self(x, t, cond) / self.steps
+        return x
 
 
 class Tokens:
@@ -541,6 +840,7 @@ def evaluate(model: Policy, cfg: Config, loader, nearest: Nearest, tokens, devic
     dimensions and of each, beside those of the mean action and of the nearest labelled frame's;
     errors are of the first dataset, whose units the policy speaks."""
     model.eval()
+    torch.manual_seed(cfg.seed)                                         # the same noise each time
     losses, errors = [], {"": [], "_mean_action": [], "_nearest": []}
     for batch in loader.peek(cfg.eval_batches):
         batch = data_oxe.to_device(batch, device, loader.image_size)
@@ -661,12 +961,13 @@ def labelled_loaders(cfg: Config, image_size: int) -> tuple:
 
 
 def make_model(cfg: Config, trunk: Trunk, tokens, loader, device) -> Policy:
-    """A policy in the units of a loader's episodes, whose read-out is in closed form."""
+    """A policy in the units of a loader's episodes; a linear read-out starts in closed form."""
     torch.manual_seed(cfg.seed)                             # the same head whatever the trunk drew
     model = Policy(cfg, trunk, statistics(loader, cfg.normalize)).to(device)
     batches = (data_oxe.to_device(batch, device, loader.image_size)
                for batch in loader.peek(cfg.eval_batches))
-    start_at_closed_form(model, [to_inputs(batch, model, tokens, device) for batch in batches])
+    if isinstance(model.head, ReadOut):
+        start_at_closed_form(model, [to_inputs(batch, model, tokens, device) for batch in batches])
     return model
 
 
@@ -674,7 +975,8 @@ def make_model(cfg: Config, trunk: Trunk, tokens, loader, device) -> Policy:
 def start_at_closed_form(model: Policy, batches: list[dict], penalty: float = 0.1):
     """Sets the linear read-out to the ridge regression of the labelled chunks on the features, so
     that iteration 0 acts already."""
-    x = torch.cat([model.features(batch) for batch in batches]).double()            # (M, W)
+    head = model.head
+    x = torch.cat([head.inputs(model.features(batch)) for batch in batches]).double()   # (M, n)
     y = torch.cat([batch["chunk"].flatten(1) for batch in batches]).double()
     weight = torch.cat([batch["weight"].mean(1, keepdim=True) for batch in batches]).double()
     total = weight.sum()
@@ -685,8 +987,8 @@ def start_at_closed_form(model: Policy, batches: list[dict], penalty: float = 0.
     x = x / scale
     gram = x.T @ (weight * x) / total + penalty * torch.eye(len(scale)).to(x)
     slope = torch.linalg.solve(gram, x.T @ (weight * y) / total) / scale[:, None]
-    model.linear.weight.copy_(slope.T)
-    model.linear.bias.copy_(mean - center @ slope)
+    head.linear.weight.copy_(slope.T)
+    head.linear.bias.copy_(mean - center @ slope)
 
 
 def twin(model: Policy, cfg: Config) -> Policy:
@@ -839,6 +1141,10 @@ def check(cfg: Config, pretraining: dict):
         fail(f"--video '{cfg.video}' needs --laq-ckpt, which decodes its actions")
     if cfg.shrink and not cfg.random_init:
         fail("--shrink makes a toy of the trunk, which can only be random; give --random-init too")
+    if cfg.head == "latent" and not pretraining:
+        fail("--head latent decodes what stage 2 predicts, --init none has no stage 2; give --init")
+    if cfg.head == "bins" and cfg.normalize != "quantile":
+        fail(f"--head bins divides percentiles; give --normalize quantile, not {cfg.normalize}")
     if not 0 < cfg.label_fraction <= 1:
         fail(f"--label-fraction {cfg.label_fraction} is a share of the episodes, above 0 and at "
              f"most 1")
@@ -1137,15 +1443,51 @@ def load_stage2(cfg: Config, manifest: dict) -> tuple[Trunk, object]:
     cfg = replace(cfg, trunk=manifest["trunk"], text_layers=stored["text_layers"],
                   plain_prompt=stored.get("plain_prompt", True))
     trunk, tokenizer = load_trunk(cfg, str(folder))
-    try:
-        readout = load_file(folder / "heads.safetensors")["trunk.readout"]
-    except (OSError, SafetensorError, KeyError) as error:
-        fail(f"'{folder}/heads.safetensors' is damaged or missing "
-             f"({type(error).__name__}: {error}); write it again: vla.py --resume --export-only")
+    readout = stage2_heads(folder, "trunk.readout")[""]
     if readout.shape != trunk.readout.shape:
         fail(f"--init '{folder}': readout is {tuple(readout.shape)}, trunk is {trunk.width} wide")
     trunk.readout.data.copy_(readout)
     return trunk, tokenizer
+
+
+def stage2_heads(folder: Path, prefix: str) -> dict:
+    """What stage 2 learned beside the trunk: tensors by what follows a prefix of their names."""
+    try:
+        tensors = load_file(folder / "heads.safetensors")
+        found = {name.removeprefix(prefix): x for name, x in tensors.items()
+                 if name.startswith(prefix)}
+        if not found:
+            raise KeyError(prefix)
+    except (OSError, SafetensorError, KeyError) as error:
+        fail(f"'{folder}/heads.safetensors' is damaged or missing "
+             f"({type(error).__name__}: {error}); write it again: vla.py --resume --export-only")
+    return found
+
+
+class Stage2Head(nn.Module):
+    """The head that stage 2 trained: readout (B, W) -> the expected target (B, N), latents or
+    actions, or probabilities of codes."""
+
+    def __init__(self, init: str, trunk_width: int):
+        super().__init__()
+        manifest = json.loads((Path(init) / "manifest.json").read_text())
+        mode, self.width = manifest["mode"], manifest["latent_dim"]
+        if mode == "codes":
+            fail(f"--head latent reads one head's prediction, --init '{init}' is of --mode codes, "
+                 f"which writes its codes as text; give one of another --mode")
+        if mode == "head":
+            self.codes = stage2_heads(Path(init), "target.codebook")[""].shape[1]
+            self.head = nn.Linear(trunk_width, self.width)
+        else:
+            self.codes, sizes = 0, manifest["flow"]
+            self.head = FlowHead(self.width, trunk_width, sizes["width"], sizes["depth"], steps=1)
+        self.head.load_state_dict(stage2_heads(Path(init), "head."))
+
+    def forward(self, readout):
+        if self.codes:
+            return self.head(readout).unflatten(1, (-1, self.codes)).softmax(-1).flatten(1)
+        noise = readout.new_ones(self.width).expand(readout.shape[0], -1)
+        return self.head.sample(readout, noise)                         # as in vla.py
 
 
 def warn_of_holdout(cfg, earlier: dict, path: str):
@@ -1437,7 +1779,7 @@ def publish(unfinished: Path, final: Path):
 
 
 class Program(nn.Module):
-    """What is exported: (images, state, ids, mask, noise) -> actions. This head needs no noise."""
+    """What is exported: (images, state, ids, mask, noise) -> actions."""
 
     def __init__(self, policy: Policy):
         super().__init__()
@@ -1445,36 +1787,48 @@ class Program(nn.Module):
 
     def forward(self, images, state, ids, mask, noise):
         batch = {"images": images, "state": state, "ids": ids, "mask": mask}
-        return self.policy.act(batch)
+        return self.policy.act(batch, noise)
 
 
 @torch.no_grad()
-def export(model: Policy, cfg: Config, step: int, tokenizer, loader, pretraining: dict):
-    """OUT/policy: the policy as a torch.export program (float32, CPU), tokenizer, manifest,
-    weights. All ranks call it."""
-    policy = unsharded(model)
-    if policy is None:
-        return
+def program_of(policy: Policy, cfg: Config):
+    """The policy as an ExportedProgram on the CPU. With --export-dtype bfloat16 so are the
+    parameters of trunk and expert, not what goes in and out, nor units and frequencies; the other
+    heads cost nothing."""
     policy.float().eval()
-    if cfg.lora_rank:
-        policy.trunk.vlm.text_model = policy.trunk.vlm.text_model.merge_and_unload()
-    folder = Path(cfg.out) / ".policy.partial"
-    shutil.rmtree(folder, ignore_errors=True)
-    tokenizer.save_pretrained(folder)
-    weights = {k: v.contiguous() for k, v in policy.state_dict().items()}
-    save_file(weights, folder / "weights.safetensors")
+    large = [policy.trunk.vlm, *[policy.head] * isinstance(policy.head, Expert)]
+    for parameter in nn.ModuleList(large).parameters():
+        parameter.data = parameter.data.to(getattr(torch, cfg.export_dtype))
     batch = torch.export.Dim("B", min=1, max=4096)
     program = torch.export.export(Program(policy), example_of(policy, cfg),
                                   dynamic_shapes=({0: batch},) * 5)
     program.example_inputs = None                                       # would be stored as pickle
-    torch.export.save(program, folder / "policy.pt2")
+    return program
+
+
+@torch.no_grad()
+def export(model: Policy, cfg: Config, step: int, tokenizer, loader, pretraining: dict):
+    """OUT/policy: the policy as a torch.export program (CPU), tokenizer, manifest, weights. All
+    ranks call it."""
+    policy = unsharded(model)
+    if policy is None:
+        return
+    folder = Path(cfg.out) / ".policy.partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    tokenizer.save_pretrained(folder)
+    policy.float()
+    if cfg.lora_rank:
+        policy.trunk.vlm.text_model = policy.trunk.vlm.text_model.merge_and_unload()
+    weights = {k: v.contiguous() for k, v in policy.state_dict().items()}
+    save_file(weights, folder / "weights.safetensors")
+    torch.export.save(program_of(policy, cfg), folder / "policy.pt2")
     manifest = {"schema": "policy.v1", "image_size": policy.trunk.image_size,
                 "cameras": cameras_of(loader, cfg.cameras),
                 "text_len": cfg.text_len, "chunk": cfg.chunk, "action_dim": loader.action_dim,
                 "state_dim": loader.state_dim, "units_of": loader.names[0],
                 "datasets": loader.source_size, "episodes": loader.counts, "blind": cfg.blind,
-                "pretraining": pretraining, "step": step, "config": asdict(cfg),
-                "torch": torch.__version__}
+                "head": cfg.head, "dtype": cfg.export_dtype, "pretraining": pretraining,
+                "step": step, "config": asdict(cfg), "torch": torch.__version__}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     publish(folder, Path(cfg.out) / "policy")
 
@@ -1484,6 +1838,100 @@ def cameras_of(loader, count: int) -> list[str]:
     entry = loader.plans[0].entry
     keys = [entry.image, *entry.cameras.split()][:count]
     return keys + [""] * (count - len(keys))
+
+
+# ------------------------------------------------------------ --bench-policy
+def bench(cfg: Config) -> int:
+    """Latency of a policy/ folder's program, or of one with random weights, actions of seven and a
+    state of eight numbers, on the CPU and, where there is one, a GPU: a table and OUT/bench.json.
+    Needs no data and no TensorFlow."""
+    if cfg.bench_policy == "random":
+        program = program_of(random_policy(cfg), cfg)
+    else:
+        check_sums(Path(cfg.bench_policy))
+        program, _ = open_program(Path(cfg.bench_policy) / "policy.pt2")
+    on_gpu, threads = find_device().type == "cuda", torch.get_num_threads()         # TF32, as ever
+    millions = sum(x.numel() for x in program.parameters()) / 1e6
+    print(f"{cfg.bench_policy}: {millions:.1f}M parameters; torch {torch.__version__}, {threads} "
+          f"CPU threads; ms of the first call, then medians")
+    print(f"{'':13s} batch", *(f"{name:>8s}" for name in BENCHED))
+    rows = []
+    for device in ["cpu", *["cuda", "cuda compiled"] * on_gpu]:
+        each = 0.0                                                      # ms a sample
+        for batch in (1, 8, 32):
+            if each * batch > 15_000:
+                print(f"{device:13s} {batch:5d} left out, it would take {each * batch / 1e3:.0f} s")
+                continue
+            times = time_program(program, device, batch)
+            each = times[1] / batch
+            print(f"{device:13s} {batch:5d}", *(f"{x:8.5g}" for x in times), flush=True)
+            rows.append({"device": device, "batch": batch, **dict(zip(BENCHED, times))})
+    found = {"policy": cfg.bench_policy, "threads": threads, "torch": torch.__version__,
+             "rows": rows, "config": asdict(cfg)}
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    (Path(cfg.out) / "bench.json").write_text(json.dumps(found, indent=1))
+    return 0
+
+
+BENCHED = "first", "steady", "vision", "prefix", "head", "peak MB"
+
+
+def random_policy(cfg: Config) -> Policy:
+    if cfg.head == "latent":
+        fail("--bench-policy random has no stage 2, whose head --head latent reads; give a folder")
+    widths = {"action": 7, "state": 8}
+    stats = {f"{x}_{y}": torch.full((1, width), float(y == "scale"))
+             for x, width in widths.items() for y in ("offset", "scale")}
+    return Policy(cfg, load_trunk(replace(cfg, random_init=True))[0], stats)
+
+
+@torch.no_grad()
+def time_program(program, how: str, batch: int) -> list[float]:
+    """BENCHED. The peak is of the process so far, or of the GPU's tensors."""
+    device, _, compiled = how.partition(" ")
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        program = move_to_device_pass(copy.deepcopy(program), device)
+    examples = [node.meta["val"] for node in program.graph.nodes
+                if node.name in program.graph_signature.user_inputs]
+    inputs = [torch.ones(batch, *x.shape[1:], dtype=x.dtype, device=device) for x in examples]
+    prepare = partial(torch.compile, dynamic=False) if compiled else lambda module: module
+    first, steady = time_call(prepare(program.module()), inputs, device)
+    parts, given = in_parts(program.module()), []
+    modules = [getattr(parts, f"submod_{i}") for i in range(3)]
+    hooks = [module.register_forward_pre_hook(lambda module, args: given.append(args))
+             for module in modules]
+    parts(*inputs)
+    for hook in hooks:
+        hook.remove()
+    times = [time_call(prepare(module), args, device)[1] for module, args in zip(modules, given)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 1e6
+    return [first, steady, *times, peak]
+
+
+def in_parts(program: nn.Module) -> nn.Module:
+    """A loaded program as three modules, one after the other: vision; prefix, which is the language
+    model and what the head reads off it once a chunk; head."""
+    nodes = list(program.graph.nodes)
+    paths = [[*node.meta.get("nn_module_stack", {"": ("", "")}).values()][-1][0] for node in nodes]
+    seen = max(i for i, path in enumerate(paths) if re.search(r"\.(vision_model|connector)", path))
+    read = min(i for i, path in enumerate(paths) if re.match(r"policy\.head\.(?!prefix)", path))
+    part = {node.name: (i > seen) + (i >= read) for i, node in enumerate(nodes)}
+    return split_module(program, program, lambda node: part[node.name])
+
+
+def time_call(call, inputs, device: str, seconds: float = 2.0) -> tuple[float, float]:
+    """ms of the first call and, of two others at least, the median."""
+    times = []
+    while len(times) < 3 or (sum(times[1:]) < 1e3 * seconds and len(times) < 101):
+        began = time.perf_counter()
+        call(*inputs)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - began))
+    return times[0], float(np.median(times[1:]))
 
 
 # ------------------------------------------------------------ plumbing: the same text in each stage
@@ -1841,7 +2289,7 @@ def whole(state, keep: bool = True):
 # what may differ between a run and its continuation
 FREE = {"out", "overwrite", "data", "threads", "max_bad", "resume", "export_only", "wandb",
         "eval_every", "save_every", "keep_every", "scratch", "log_every", "compile",
-        "parallel"}
+        "parallel", "export_dtype"}
 
 
 def fast_folder(cfg) -> Path:
@@ -2148,4 +2596,5 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
 
 
 if __name__ == "__main__":
-    run(main, tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    run(bench if config.bench_policy else main, config)

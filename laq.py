@@ -1704,7 +1704,7 @@ def whole(state, keep: bool = True):
 # what may differ between a run and its continuation
 FREE = {"out", "overwrite", "data", "threads", "max_bad", "resume", "export_only", "wandb",
         "eval_every", "save_every", "keep_every", "scratch", "log_every", "compile",
-        "parallel"}
+        "parallel", "export_dtype"}
 
 
 def fast_folder(cfg) -> Path:

@@ -491,7 +491,10 @@ class Trunk(nn.Module):
     def read(self, tokens, seen, more=None):
         """What prompt gives, and embeddings that follow the readout, (B, E, W) -> hidden states of
         the readout and of these, (B, 1 + E, W)"""
-        last = tokens.shape[1] - 1
+        return self.hidden(tokens, seen, more)[:, tokens.shape[1] - 1:]
+
+    def hidden(self, tokens, seen, more=None):
+        """The same -> hidden states of all, (B, T + E, W)"""
         if more is not None:
             tokens = torch.cat([tokens, more.to(tokens.dtype)], 1)                  # (B, T, W)
             seen = F.pad(seen, (0, more.shape[1]), value=1)
@@ -502,7 +505,7 @@ class Trunk(nn.Module):
         # (B, T) mask transformers asks the GPU whether it is all ones
         hidden = self.vlm.text_model(inputs_embeds=tokens, attention_mask=seen,
                                      position_ids=positions, use_cache=False)
-        return hidden.last_hidden_state[:, last:].float()
+        return hidden.last_hidden_state.float()
 
     def see(self, images):
         """Features of all patches, (B, patches, vision width). The vision tower's own forward asks
@@ -511,6 +514,7 @@ class Trunk(nn.Module):
         x = images.permute(0, 3, 1, 2).float() / 127.5 - 1                          # (B, 3, H, W)
         side = self.image_size // tower.patch_size
         everywhere = torch.ones(x.shape[0], side, side, dtype=torch.bool, device=x.device)
+        x = x.to(tower.embeddings.patch_embedding.weight.dtype)         # of an export
         x = tower.embeddings(pixel_values=x, patch_attention_mask=everywhere)
         return tower.post_layernorm(tower.encoder(inputs_embeds=x).last_hidden_state)
 
@@ -554,16 +558,21 @@ class FlowHead(nn.Module):
         return self.output(F.layer_norm(h, h.shape[-1:]))
 
     def loss(self, x, cond, weight):
-        """Mean squared velocity error. t ~ Beta(1.5, 1) as in SmolVLA, then shifted towards noise
-        (SD3, 2403.03206): in many dimensions x_t gives x away unless t is close to 1."""
-        x, cond, weight = (a.repeat(self.draws, 1) for a in (x, cond, weight))
+        weight = weight.repeat(self.draws, 1)
+        error = self.errors(x, cond) * weight
+        error = error.sum(1) / weight.sum(1).clamp(min=1)
+        return error.mean()                     # of samples: alike however processes divide them
+
+    def errors(self, x, cond):
+        """Squared velocity errors (draws * B, N). t ~ Beta(1.5, 1) as in SmolVLA, then shifted
+        towards noise (SD3, 2403.03206): in many dimensions x_t gives x away unless t is close to
+        1."""
+        x, cond = (a.repeat(self.draws, 1) for a in (x, cond))
         t = torch.rand(len(x), device=x.device) ** (1 / 1.5) * 0.999 + 0.001        # by inversion
         t = 4 * t / (1 + 3 * t)
         noise = torch.randn_like(x)
         velocity = self(t[:, None] * noise + (1 - t[:, None]) * x, t, cond)
-        error = (velocity - (noise - x)).square() * weight
-        error = error.sum(1) / weight.sum(1).clamp(min=1)
-        return error.mean()                     # of samples: alike however processes divide them
+        return (velocity - (noise - x)).square()
 
     def sample(self, cond, noise):
         x = noise
@@ -2118,7 +2127,7 @@ def whole(state, keep: bool = True):
 # what may differ between a run and its continuation
 FREE = {"out", "overwrite", "data", "threads", "max_bad", "resume", "export_only", "wandb",
         "eval_every", "save_every", "keep_every", "scratch", "log_every", "compile",
-        "parallel"}
+        "parallel", "export_dtype"}
 
 
 def fast_folder(cfg) -> Path:

@@ -206,8 +206,8 @@ def test_iteration_0_acts_and_the_best_weights_are_kept(at_the_start):
     model, cfg, tokens, val, nearest = at_the_start
     best, spoilt = copy.deepcopy(model), copy.deepcopy(model)
     with torch.no_grad():
-        best.linear.bias.fill_(7)
-        spoilt.linear.bias.add_(2)
+        best.head.linear.bias.fill_(7)
+        spoilt.head.linear.bias.add_(2)
     seen = []
     for x in (spoilt, model, spoilt):
         seen.append(finetune.evaluate(x, cfg, val, nearest, tokens, torch.device("cpu")))
