@@ -49,10 +49,12 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 os.environ.setdefault("MUJOCO_GL", "egl")
+THREADS = os.environ.get("OMP_NUM_THREADS")
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # before the workers load torch: one core each
 SEEDS = 10_000                              # environment seeds in a block
 EVALUATION = 1_000_000_000                  # first seed of evaluations; recordings stay below
 TRIES = 20                                  # seeds an expert may fail at for one episode
+FILM = 8                                    # steps between two frames of a video
 
 
 @dataclass
@@ -247,7 +249,7 @@ def view(world, size: int, distraction: Distraction, step: int) -> np.ndarray:
 def episode(task: str, seed: int, cfg: Config, spec: dict, film: bool, recorded=None):
     """One closed-loop episode, a generator: it yields what the policy is to see (images uint8
     (S, S, 3), state float32 (Ds,), noise float32 (C, A)), is sent a chunk of actions (C, A), and
-    returns the result; with `film` also its frames at 160 px, one every 4 steps.
+    returns the result; with `film` also its frames at 160 px, one every FILM steps and the last.
 
     spec: of load_manifest. recorded: actions (T, A) to execute instead of a policy's.
     """
@@ -262,12 +264,12 @@ def episode(task: str, seed: int, cfg: Config, spec: dict, film: bool, recorded=
         if recorded is None and steps % (cfg.replan or spec["chunk"]) == 0:
             noise = rng.standard_normal((spec["chunk"], spec["action_dim"]), np.float32)
             chunks[steps] = yield look(world, cfg, spec, distraction, steps), world.state, noise
-        if film and steps % 4 == 0:
+        if film and steps % FILM == 0:
             frames.append(view(world, 160, distraction, steps))
         _, success = world.step(blended(chunks, steps, cfg.ensemble))
         steps += 1
     if film:
-        frames += [view(world, 160, distraction, steps)] * 10
+        frames.append(view(world, 160, distraction, steps))
     return dict(task=task, seed=seed, success=success, steps=steps, frames=frames)
 
 
@@ -722,13 +724,17 @@ def workers_here(cfg: Config) -> int:
     """--workers, or one a core of this process's share, as long as memory holds them."""
     if cfg.workers:
         return cfg.workers
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")               # a job's, where there is one
     if limit.exists() and limit.read_text().strip().isdigit():
         memory = min(memory, int(limit.read_text()))
-    fit = int(0.8 * memory / 1e9)
-    return max(1, min(len(os.sched_getaffinity(0)), fit) // processes)
+    fit = int(0.8 * memory / 1e9) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(cores_here(), fit))
+
+
+def cores_here() -> int:
+    """Cores of this process's share of the machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def meet() -> tuple[int, int]:
@@ -752,7 +758,10 @@ def policy_at(folder: str) -> tuple:
     CPU."""
     import torch
     from torch.export.passes import move_to_device_pass
-    device, program = "cpu", open_program(f"{folder}/policy.pt2")[0]
+    path = Path(folder) / "policy.pt2"
+    device, program = "cpu", open_program(path)[0]
+    if THREADS is None and path.stat().st_size > 1e8:       # small ones: simulators need the cores
+        torch.set_num_threads(cores_here())
     if torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         program = move_to_device_pass(program, device)
@@ -951,17 +960,18 @@ def read_episodes(out: Path) -> dict[tuple, dict]:
 
 
 def write_video(path: Path, frames: list, result: dict, sentence: str):
-    """A GIF at real speed; instruction, step and outcome stand on every frame. frames: uint8
-    (160, 160, 3), every fourth step, then the end."""
+    """A GIF at real speed that stands a while at the end; on each frame, uint8 (160, 160, 3), what
+    the policy was told, the step and how it ends."""
     outcome = "success" if result["success"] else "failure"
     told, images = textwrap.fill(sentence, 26), []
     for i, frame in enumerate(frames):
-        text = f"{told}\nstep {min(4 * i, result['steps'])}, {outcome}"
+        text = f"{told}\nstep {min(FILM * i, result['steps'])}, {outcome}"
         image = Image.fromarray(frame)
         ImageDraw.Draw(image).multiline_text((4, 3), text, fill=(255, 255, 255), stroke_width=1,
                                              stroke_fill=(0, 0, 0))
         images.append(np.asarray(image))
-    iio.imwrite(path, np.stack(images), duration=50, loop=0)
+    durations = [100] * (len(images) - 1) + [1000]          # ms
+    iio.imwrite(path, np.stack(images), duration=durations, loop=0)
 
 
 def write_json(path: Path, value: dict):
