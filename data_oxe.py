@@ -60,7 +60,7 @@ import sys
 import threading
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from queue import Empty, Full, Queue
@@ -119,6 +119,7 @@ class Entry:
     executed: str = ""          # as action, for action_sum, where it is not the labelled action
     success: str = ""           # flat key of a bool, where some episodes are failures
     bgr: bool = False           # pictures are stored with red and blue exchanged
+    cameras: str = ""           # keys of further cameras, as the wrist's; '': there are none
 
 
 # What keeps an episode from use. Faults are named one by one and bounded by max_bad; the others are
@@ -1655,7 +1656,8 @@ class EpisodeWriter(DatasetWriter):
                  "reward": np.float32, "discount": np.float32,
                  "is_first": np.bool_, "is_last": np.bool_, "is_terminal": np.bool_}
         features = {"episode_metadata": metadata, "steps": f.Dataset(steps)}
-        super().__init__(data, name, entry, features, settings or {})
+        keys = " ".join(f"observation/image_{camera}" for camera in cameras)
+        super().__init__(data, name, replace(entry, cameras=keys), features, settings or {})
 
     def add(self, images, state, action, executed_action, reward, instruction: str, *, task: str,
             seed: int, success: bool, file_path: str, further: dict | None = None):
