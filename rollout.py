@@ -33,7 +33,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
@@ -485,6 +485,87 @@ def record(cfg: Config):
           f"{time.time() - began:.0f} s: {cfg.data}/{name}")
 
 
+# ------------------------------------------------------------ open loop
+def open_loop(cfg: Config):
+    """--world dataset/NAME: a policy without a simulator. Its chunks' errors on recorded episodes
+    that it did not learn from, for each step of the chunk, beside the mean action's: root mean
+    squares, in deviations of the recorded actions. Writes OUT/open_loop.json and .png."""
+    from data_oxe import DataConfig, Loader, statistics
+    spec, out = read_manifest(Path(cfg.policy)), Path(cfg.out)
+    name, own = cfg.world.partition("/")[2] or spec["units_of"], spec["config"]
+    data = DataConfig(data=cfg.data, mix=name, val_fraction=own["val_fraction"],
+                      holdout=own["holdout"], resize=own["resize"], pairs_per_episode=0)
+    loader = Loader(data, "val", 32, spec["image_size"], horizon_s=0, chunk=spec["chunk"],
+                    shuffle_mb=0)                           # one episode after the other
+    for key in ("action_dim", "state_dim"):
+        if spec[key] != getattr(loader, key):
+            fail(f"policy '{cfg.policy}': {key} is {spec[key]}, '{name}' has "
+                 f"{getattr(loader, key)}")
+    rows = predictions(cfg, spec, loader)
+    predicted, true, mask = map(np.stack, zip(*rows.values()))          # (N, C, A) twice, (N, C)
+    actions = statistics(cfg.data, name)["actions"]
+    mean, deviation = np.float32(actions["mean"]), np.float32(actions["std"])
+    moves = deviation > 1e-6                                # dimensions that ever change
+    errors = {}
+    for label, guess in {"policy": predicted, "mean action": mean}.items():
+        squares = (((guess - true)[..., moves] / deviation[moves]) ** 2).mean(-1)   # (N, C)
+        errors[label] = np.sqrt((squares * mask).sum(0) / mask.sum(0)).tolist()
+    number = len({episode for episode, _ in rows})
+    print(f"{name}: {len(rows)} steps of {number} held-out episodes\n"
+          f"step of the chunk  policy  mean action")
+    for step, (error, constant) in enumerate(zip(*errors.values())):
+        print(f"{step:17d}  {error:6.3f}  {constant:11.3f}")
+    write_json(out / "open_loop.json", {"policy": cfg.policy, "dataset": name, "steps": len(rows),
+                                        "episodes": number, "errors": errors})
+    plot_actions(rows, mean).savefig(out / "open_loop.png", dpi=90)
+    print(f"predicted and true actions: {out}/open_loop.png")
+
+
+def predictions(cfg: Config, spec: dict, loader) -> dict[tuple, tuple]:
+    """{(episode, step): (predicted chunk, true chunk (C, A), its mask (C,))} in order, of at most
+    --episodes whole episodes."""
+    import torch
+    policy, rng = policy_at(cfg.policy), np.random.default_rng(cfg.seed)
+    tokens, rows = tokenizer_of(cfg, spec), {}
+    for batch in loader.to("cpu"):
+        noise = rng.standard_normal((loader.batch_size, spec["chunk"], spec["action_dim"]),
+                                    np.float32)
+        text = tokens(batch["instruction"])
+        ids, mask = (torch.tensor(text[key]) for key in ("input_ids", "attention_mask"))
+        with torch.inference_mode():
+            chunks = policy(batch["frames"][:, 0], batch["state"], ids, mask,
+                            torch.from_numpy(noise))
+        keys = zip(batch["episode"].tolist(), batch["step"].tolist())
+        for key, *row in zip(keys, chunks, batch["actions"], batch["action_mask"]):
+            another = key[0] not in {episode for episode, _ in rows}
+            if key in rows or another and len({episode for episode, _ in rows}) == cfg.episodes:
+                return dict(sorted(rows.items()))           # the loader has come round, or enough
+            rows[key] = [x.numpy() for x in row]
+
+
+def plot_actions(rows: dict, mean: np.ndarray):
+    """True and first predicted actions over time: a row a dimension, a column an episode."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    episodes = sorted({episode for episode, _ in rows})[:4]
+    fig, axes = plt.subplots(len(mean), len(episodes), squeeze=False, sharex="col",
+                             figsize=(4 * len(episodes), 1.6 * len(mean)))
+    for column, episode in zip(axes.T, episodes):
+        steps = [step for number, step in rows if number == episode]
+        predicted, true = (np.stack([rows[episode, t][i][0] for t in steps]) for i in (0, 1))
+        column[0].set_title(f"episode {episode}", fontsize=8)
+        for i, ax in enumerate(column):
+            ax.plot(steps, true[:, i], label="true")
+            ax.plot(steps, predicted[:, i], label="predicted")
+            ax.axhline(mean[i], color="gray", linestyle=":", label="mean")
+            ax.set_ylabel(f"action[{i}]", fontsize=7)
+            ax.tick_params(labelsize=6)
+    axes[0, 0].legend(fontsize=6)
+    fig.tight_layout()
+    return fig
+
+
 # ------------------------------------------------------------ main
 def main(cfg: Config):
     check(cfg)
@@ -869,7 +950,7 @@ def workers_here(cfg: Config) -> int:
     limit = Path("/sys/fs/cgroup/memory.max")               # a job's, where there is one
     if limit.exists() and limit.read_text().strip().isdigit():
         memory = min(memory, int(limit.read_text()))
-    policy = 0 if cfg.record else (Path(cfg.policy) / "policy.pt2").stat().st_size
+    policy = (Path(cfg.policy) / "policy.pt2").stat().st_size if cfg.policy else 0
     fit = int(0.8 * memory / (1e9 + 2 * policy))
     return max(1, min(len(os.sched_getaffinity(0)), fit) // processes)
 
@@ -906,10 +987,8 @@ def check_sums(folder: Path):
              f"not that of SHA256SUMS; export the folder again")
 
 
-def load_manifest(cfg: Config) -> dict:
-    """policy/manifest.json, with "camera" and "source_size", the side of the pictures that the
-    policy learned from. Exits with the two values where schema or widths do not fit the world."""
-    folder, world, prefix = Path(cfg.policy), find_world(cfg.world), dataset_name(cfg.world, "")
+def read_manifest(folder: Path) -> dict:
+    """policy/manifest.json of an undamaged hand-over folder, or exits."""
     path = folder / "manifest.json"
     if not path.exists():
         fail(f"no policy at '{folder}' (manifest.json is missing); finetune.py writes one to "
@@ -919,10 +998,20 @@ def load_manifest(cfg: Config) -> dict:
         spec = json.loads(path.read_text())
     except ValueError as error:
         fail(f"'{path}' is damaged ({error})")
-    wanted = {"schema": "policy.v1", "action_dim": world.action_dim, "state_dim": world.state_dim}
-    for key, here in wanted.items():
-        if spec.get(key) != here:
-            fail(f"policy '{folder}': {key} is {spec.get(key)!r}, {cfg.world} needs {here!r}")
+    if spec.get("schema") != "policy.v1":
+        fail(f"policy '{folder}': schema is {spec.get('schema')!r}, 'policy.v1' is needed")
+    return spec
+
+
+def load_manifest(cfg: Config) -> dict:
+    """policy/manifest.json, with "camera" and "source_size", the side of the pictures that the
+    policy learned from. Exits with the two values where schema or widths do not fit the world."""
+    folder, world, prefix = Path(cfg.policy), find_world(cfg.world), dataset_name(cfg.world, "")
+    spec = read_manifest(folder)
+    for key in ("action_dim", "state_dim"):
+        if spec.get(key) != getattr(world, key):
+            fail(f"policy '{folder}': {key} is {spec.get(key)!r}, {cfg.world} has "
+                 f"{getattr(world, key)!r}")
     sizes = {name.removeprefix(prefix).partition("_distract")[0]: size
              for name, size in spec["datasets"].items() if name.startswith(prefix)}
     if not spec["units_of"].startswith(prefix):
@@ -936,13 +1025,18 @@ def load_manifest(cfg: Config) -> dict:
     return {**spec, "camera": camera, "source_size": sizes.get(camera, sizes[first_camera])}
 
 
-def tokenize(cfg: Config, spec: dict) -> dict[str, tuple]:
-    """{task: (ids, mask) of its sentence}"""
+def tokenizer_of(cfg: Config, spec: dict):
+    """fn(text or texts) -> {"input_ids": L numbers, "attention_mask": as many}, of each."""
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(cfg.policy, trust_remote_code=False)
-    sentences = sentences_of(cfg)
-    tokens = {task: tokenizer(sentences[task], padding="max_length", max_length=spec["text_len"],
-                              truncation=True, padding_side="right") for task in cfg.tasks}
+    return partial(tokenizer, padding="max_length", max_length=spec["text_len"], truncation=True,
+                   padding_side="right")
+
+
+def tokenize(cfg: Config, spec: dict) -> dict[str, tuple]:
+    """{task: (ids, mask) of its sentence}"""
+    tokenizer, sentences = tokenizer_of(cfg, spec), sentences_of(cfg)
+    tokens = {task: tokenizer(sentences[task]) for task in cfg.tasks}
     return {task: (x["input_ids"], x["attention_mask"]) for task, x in tokens.items()}
 
 
