@@ -526,7 +526,7 @@ def predictions(cfg: Config, spec: dict, loader) -> dict[tuple, tuple]:
     --episodes whole episodes."""
     import torch
     policy, rng = policy_at(cfg.policy), np.random.default_rng(cfg.seed)
-    tokens, rows = tokenizer_of(cfg, spec), {}
+    tokens, rows, episodes = tokenizer_of(cfg, spec), {}, set()
     for batch in loader.to("cpu"):
         noise = rng.standard_normal((loader.batch_size, spec["chunk"], spec["action_dim"]),
                                     np.float32)
@@ -537,9 +537,9 @@ def predictions(cfg: Config, spec: dict, loader) -> dict[tuple, tuple]:
                             torch.from_numpy(noise))
         keys = zip(batch["episode"].tolist(), batch["step"].tolist())
         for key, *row in zip(keys, chunks, batch["actions"], batch["action_mask"]):
-            another = key[0] not in {episode for episode, _ in rows}
-            if key in rows or another and len({episode for episode, _ in rows}) == cfg.episodes:
+            if key in rows or len(episodes | {key[0]}) > cfg.episodes:
                 return dict(sorted(rows.items()))           # the loader has come round, or enough
+            episodes.add(key[0])
             rows[key] = [x.numpy() for x in row]
 
 
