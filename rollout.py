@@ -872,8 +872,10 @@ class Libero(World):
             ignore_done=True, hard_reset=False)
 
     def reset(self, seed: int):
-        self.env.seed(seed)
-        self.observation = self.env.reset()
+        for _ in range(2):                  # objects are placed by where fixtures were before
+            self.env.seed(seed)
+            self.env.robots[0].gripper.current_action[:] = 0            # a reset forgets it
+            self.observation = self.env.reset()
         if seed >= EVALUATION:
             self.observation = self.env.set_init_state(self.starts[seed % len(self.starts)])
         for _ in range(10):

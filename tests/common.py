@@ -75,6 +75,18 @@ def expert_pictures(task, seed, steps):
     return *map(np.stack, zip(*pictures)), last
 
 
+def look_at_libero(name, task, seed):
+    """In a simulation process: state and picture, and both after five steps up."""
+    import rollout
+    world, found = rollout.world_at(name, task, False), []
+    world.reset(seed)
+    for steps in (0, 5):
+        for _ in range(steps):
+            world.step(np.array([0, 0, 1, 0, 0, 0, -1.0]))
+        found += [world.state, world.image(64, "agentview")]
+    return found
+
+
 def stage_args(stage, data, stages):
     extra = {"laq": [], "vla": ["--laq-ckpt", stages / "laq/laq.pt2"],
              "finetune": ["--init", stages / "vla/stage2", "--episodes-per-task", 2,

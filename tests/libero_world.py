@@ -5,26 +5,16 @@ import data_oxe
 import numpy as np
 import pytest
 import rollout
-from common import TINY, run, run_here
+from common import TINY, look_at_libero, run, run_here
 from test_worlds import episodes_of
 
 pytest.importorskip("libero", reason="LIBERO is not installed: bash tests/libero.sh")
 WORLD, TASK = "libero/spatial", "pick_up_the_black_bowl_on_the_stove_and_place_it_on_the_plate"
 
 
-def look(seed):
-    """In a simulation process: state, picture, and both after five steps up."""
-    world = rollout.world_at(WORLD, TASK, False)
-    world.reset(seed)
-    start = world.state, world.image(64, "agentview")
-    for _ in range(5):
-        world.step(np.array([0, 0, 1, 0, 0, 0, -1.0]))
-    return *start, world.state, world.image(64, "agentview")
-
-
 def test_starts_are_reproducible_and_actions_move_the_hand():
     seeds = (3, 4, 3, rollout.EVALUATION, rollout.EVALUATION + 1)
-    found = list(rollout.run_jobs([(look, seed) for seed in seeds], 1, ""))
+    found = list(rollout.run_jobs([(look_at_libero, WORLD, TASK, seed) for seed in seeds], 1, ""))
     for one, other in zip(found[0], found[2]):
         assert np.array_equal(one, other)
     assert (found[0][1] != found[1][1]).any() and (found[3][1] != found[4][1]).any()
