@@ -15,8 +15,10 @@ renderer crash in one process.
 
 Worlds: Meta-World (arXiv 1910.10897). Letters: T time, C chunk, A action width, Ds state width.
 """
+import base64
 import contextlib
 import hashlib
+import html
 import importlib
 import io
 import json
@@ -25,16 +27,19 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 import traceback
 import warnings
 import zipfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal
 
@@ -66,14 +71,17 @@ class Config:
     workers: int = 0                        # simulation processes; 0: one a core, if memory allows
 
     # evaluation
-    policy: str = ""                        # exported folder; '': runs/finetune/policy
+    policy: tuple[str, ...] = ()            # folders, or NAME=FOLDER[,FOLDER...]; none: stage 3's
     out: str = "runs/rollout"               # where results and videos go
     replan: int = 0                         # actions executed of each predicted chunk; 0: all
-    compare: tuple[str, ...] = ()           # finished evaluations NAME=FOLDER, instead of running
+    ensemble: float | None = None           # mean of chunks that overlap: decay of their weights
+    check: Literal["", "scrambled", "blind", "replay"] = ""     # sentences, pictures, no policy
+    resume: bool = False                    # go on with an interrupted evaluation in OUT
+    compare: tuple[str, ...] = ()           # finished evaluations NAME=FOLDER[,FOLDER...]
 
     # recording
     record: bool = False                    # record the scripted experts, or --policy
-    data: str = "data"                      # where the dataset goes; of --world dataset, lies
+    data: str = "data"                      # where the dataset goes; what replay, dataset read
     image_size: int = 64                    # pixels a side of recorded pictures
     noise: float | None = None              # deviation of a slow random push; 0.2, of a policy 0
     keep: Literal["successes", "all"] = "successes"     # episodes to record
@@ -273,34 +281,78 @@ def view(world: World, camera: str, size: int, distraction: Distraction, step: i
 
 
 # ------------------------------------------------------------ evaluation
-def policy_episode(task: str, seed: int, cfg: Config, spec: dict, tokens, film: bool) -> dict:
-    """One closed-loop episode; with `film` also its frames at 160 px, 20 a second.
+def episode(task: str, seed: int, cfg: Config, spec: dict, film: bool, recorded=None):
+    """One closed-loop episode, a generator: it yields what the policy is to see (images uint8
+    (S, S, 3), state float32 (Ds,), noise float32 (C, A)), is sent a chunk of actions (C, A), and
+    returns the result; with `film` also its frames at 160 px, one every 4 steps.
 
-    spec: of load_manifest. tokens: ids and mask of the task's sentence, lists of L.
+    spec: of load_manifest. recorded: actions (T, A) to execute instead of a policy's.
     """
-    import torch
-    policy, world = policy_at(cfg.policy), world_at(cfg.world, task, cfg.stock)
-    rng = np.random.default_rng(seed)
+    world, rng = world_at(cfg.world, task, cfg.stock), np.random.default_rng(seed)
     distraction = Distraction((seed, *task.encode()), cfg.distract)
-    ids, mask = (torch.tensor([x]) for x in tokens)                     # (1, L) each
-    frames, queue, success, steps = [], [], False, 0
+    chunks, limit = {}, cfg.max_steps                       # chunks: {first step: actions (C, A)}
+    if recorded is not None:
+        chunks, limit = {0: recorded}, len(recorded)
+    frames, success, steps = [], False, 0
     world.reset(seed)
-    while steps < cfg.max_steps and not success:
-        if not queue:
-            image = view(world, spec["camera"], spec["source_size"], distraction, steps)
-            image = torch.from_numpy(as_loaded(image, spec))
-            state = torch.from_numpy(world.state)
-            noise = rng.standard_normal((1, spec["chunk"], spec["action_dim"]), np.float32)
-            with torch.inference_mode():
-                chunk = policy(image[None], state[None], ids, mask, torch.from_numpy(noise))
-            queue = list(chunk[0].numpy()[:cfg.replan or None])         # of C actions
+    while steps < limit and not success:
+        if recorded is None and steps % (cfg.replan or spec["chunk"]) == 0:
+            noise = rng.standard_normal((spec["chunk"], spec["action_dim"]), np.float32)
+            chunks[steps] = yield look(world, cfg, spec, distraction, steps), world.state, noise
         if film and steps % 4 == 0:
             frames.append(view(world, spec["camera"], 160, distraction, steps))
-        _, success = world.step(queue.pop(0))
+        _, success = world.step(blended(chunks, steps, cfg.ensemble))
         steps += 1
     if film:
         frames += [view(world, spec["camera"], 160, distraction, steps)] * 10
     return dict(task=task, seed=seed, success=success, steps=steps, frames=frames)
+
+
+def look(world: World, cfg: Config, spec: dict, distraction: Distraction, step: int) -> np.ndarray:
+    """What the policy is shown, uint8 (S, S, 3)."""
+    size = spec["source_size"]
+    if cfg.check == "blind":
+        return np.zeros((size, size, 3), np.uint8)
+    return view(world, spec["camera"], size, distraction, step)
+
+
+def blended(chunks: dict[int, np.ndarray], step: int, decay: float | None) -> np.ndarray:
+    """A step's action (A,): of the latest chunk; with `decay` the mean over all chunks that reach
+    the step, weighted by exp(-decay i), i = 0 the oldest (ACT, arXiv 2304.13705)."""
+    if decay is None:
+        first = max(chunks)
+        return chunks[first][step - first]
+    plans = [chunk[step - first] for first, chunk in chunks.items() if step - first < len(chunk)]
+    return np.average(plans, 0, np.exp(-decay * np.arange(len(plans))))
+
+
+@dataclass
+class Tested:
+    """A policy in closed loop, or recorded actions in its place."""
+    arm: str                                # its name in tables; several training seeds share one
+    folder: str                             # policy/, or the dataset
+    out: Path                               # where its results go
+    spec: dict                              # of load_manifest
+    checksum: str                           # of the policy, or the actions
+    told: dict                              # {task: sentence}
+    recorded: dict | None = None            # {(task, seed): actions (T, A)}
+
+    @cached_property
+    def tokens(self) -> dict[str, tuple]:
+        return tokenize(self.folder, self.spec, self.told)
+
+    def act(self, tasks: list[str], seen: list[tuple]) -> np.ndarray:
+        """What the policy does in n episodes of these tasks, which show what episode() yields:
+        chunks (n, C, A)."""
+        import torch
+        policy, device = policy_at(self.folder)
+        images, state, noise = zip(*seen)
+        ids, mask = zip(*(self.tokens[task] for task in tasks))
+        images = [as_loaded(image, self.spec) for image in images]
+        inputs = [torch.from_numpy(np.stack(x)).to(device)
+                  for x in (images, state, ids, mask, noise)]
+        with torch.inference_mode():
+            return policy(*inputs).cpu().numpy()
 
 
 def as_loaded(image: np.ndarray, spec: dict) -> np.ndarray:
@@ -319,52 +371,86 @@ def as_loaded(image: np.ndarray, spec: dict) -> np.ndarray:
 
 
 def evaluate(cfg: Config):
-    """Closed loop on seeds that recording never uses; prints and writes success per task with 95%
-    intervals. Under torchrun, processes take every nth episode and meet when all are done."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1:
-        import torch.distributed as dist
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
-    spec, out = load_manifest(cfg), Path(cfg.out)
-    tokens = tokenize(cfg, spec)
-    first = EVALUATION + cfg.seed * SEEDS
-    jobs = [(policy_episode, task, seed, cfg, spec, tokens[task], seed == first)
-            for seed in range(first, first + cfg.episodes) for task in cfg.tasks]
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / f"episodes_{rank}.jsonl").open("w") as log:
-        for result in run_jobs(jobs[rank::processes], workers_here(cfg), "rollout"):
-            if frames := result.pop("frames"):
-                write_video(out / f"{result['task']}.gif", frames, result)
-            log.write(json.dumps(result) + "\n")
+    """Closed loop on seeds that recording never uses, of one policy or several on the same seeds:
+    results and videos, and what report() makes of them.
+
+    This process owns the policies, and asks each for all episodes that wait; workers simulate. Under
+    torchrun, processes take every nth episode and meet when all are done.
+    """
+    rank, processes = meet()
+    tested = [replayed(cfg)] if cfg.check == "replay" else policies(cfg)
+    done, out = begin(cfg, tested), Path(cfg.out)
+    jobs = {key: job for key, job in jobs_of(tested, cfg).items() if key not in done}
+    mine = dict(list(jobs.items())[rank::processes])
+    with (out / f"episodes_{rank}.jsonl").open("a") as log:
+        for key, result in run_episodes(mine, partial(ask, tested), workers_here(cfg)):
+            one = tested[key[0]]
+            if frames := result.pop("frames", None):
+                path = one.out / f"{result['task']}.gif"
+                write_video(path, frames, result, one.told[result["task"]])
+            log.write(json.dumps({"policy": key[0], **result}) + "\n")
             log.flush()
-    if processes > 1:
-        dist.barrier()
+    barrier()
     if rank == 0:
-        logs = [out / f"episodes_{i}.jsonl" for i in range(processes)]
-        results = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-        summarize(results, cfg, spec)
+        results = read_episodes(out)
+        for number, one in enumerate(tested):
+            summarize([r for key, r in results.items() if key[0] == number], one, cfg)
+        arms = {one.arm: [x.out for x in tested if x.arm == one.arm] for one in tested}
+        report(arms, cfg)
 
 
-def summarize(results: list[dict], cfg: Config, spec: dict):
-    """Prints success per task with its 95% interval and writes OUT/results.json."""
+def ask(tested: list[Tested], shown: dict[tuple, tuple]) -> dict[tuple, np.ndarray]:
+    """{(number of the policy, task, seed): what episode() yielded} -> {the same: chunk (C, A)}"""
+    chunks = {}
+    for number, one in enumerate(tested):
+        if keys := [key for key in shown if key[0] == number]:
+            chunks |= zip(keys, one.act([key[1] for key in keys], [shown[key] for key in keys]))
+    return chunks
+
+
+def jobs_of(tested: list[Tested], cfg: Config) -> dict[tuple, tuple]:
+    """{(number of the policy, task, seed): arguments of episode()}; of each task the first is
+    filmed."""
+    first, jobs = EVALUATION + cfg.seed * SEEDS, {}
+    seeds = range(first, first + cfg.episodes)
+    for number, one in enumerate(tested):
+        filmed = set()
+        for task, seed in one.recorded or [(task, seed) for seed in seeds for task in cfg.tasks]:
+            actions = one.recorded and one.recorded[task, seed]
+            jobs[number, task, seed] = task, seed, cfg, one.spec, task not in filmed, actions
+            filmed.add(task)
+    return jobs
+
+
+def told(cfg: Config) -> dict[str, str]:
+    """{task: sentence for the policy}; with --check scrambled each has that of the next."""
+    shift = 1 if cfg.check == "scrambled" else 0
+    sentences = sentences_of(cfg)
+    return {task: sentences[other]
+            for task, other in zip(cfg.tasks, cfg.tasks[shift:] + cfg.tasks[:shift])}
+
+
+def summarize(results: list[dict], one: Tested, cfg: Config):
+    """Writes OUT/results.json of a policy: success per task with its 95% interval, each episode."""
+    results = sorted(results, key=lambda r: (r["task"], r["seed"]))
+    ended = [r for r in results if "success" in r]
     table = {}
     for task in [*cfg.tasks, "all"]:
-        mine = [r for r in results if task in (r["task"], "all")]
-        successes, n = sum(r["success"] for r in mine), len(mine)
-        low, high = wilson(successes, n)
-        rate = successes / n
-        table[task] = dict(successes=successes, episodes=n, rate=rate, low=low, high=high)
-        print(f"{task:24s} {successes:4d}/{n:<4d} {rate:.2f}  [{low:.2f}, {high:.2f}]")
+        mine = [r["success"] for r in ended if task in (r["task"], "all")]
+        low, high = wilson(sum(mine), len(mine))
+        table[task] = dict(successes=sum(mine), episodes=len(mine), low=low, high=high,
+                           rate=sum(mine) / max(1, len(mine)))
     seeds = [r["seed"] for r in results]
-    results = sorted(results, key=lambda r: (r["task"], r["seed"]))
-    write_json(Path(cfg.out) / "results.json", {
-        "tasks": table, "policy": cfg.policy, "policy_manifest": spec, "config": asdict(cfg),
-        "seeds": [min(seeds), max(seeds)], "episodes": results})
-    print(f"results and videos: {cfg.out}")
+    write_json(one.out / "results.json", {
+        "tasks": table, "policy": one.folder, "policy_manifest": one.spec, "config": asdict(cfg),
+        "seeds": [min(seeds), max(seeds)], "episodes": ended,
+        "crashed": [r for r in results if "crashed" in r]})
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a success rate (Wilson, 1927)."""
+    """95% interval of a success rate (Wilson, 1927); of no episodes 0 to 1."""
+    if n == 0:
+        return 0.0, 1.0
     p, d = successes / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / d
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
@@ -372,9 +458,9 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 # ------------------------------------------------------------ recording
-def recorded(task: str, seeds: list[int], cfg: Config, policy: tuple | None) -> dict | None:
+def recorded(task: str, seeds: list[int], cfg: Config, policy: Tested | None) -> dict | None:
     """The first successful episode of several seeds, or any with --keep all, with how many were
-    "tried". policy: of Pilot."""
+    "tried". policy: instead of the scripted expert."""
     for tried, seed in enumerate(seeds, 1):
         episode = recorded_episode(task, seed, cfg, policy)
         if episode["success"] or cfg.keep == "all":
@@ -382,11 +468,11 @@ def recorded(task: str, seeds: list[int], cfg: Config, policy: tuple | None) -> 
     return None
 
 
-def recorded_episode(task: str, seed: int, cfg: Config, policy: tuple | None) -> dict:
+def recorded_episode(task: str, seed: int, cfg: Config, policy: Tested | None) -> dict:
     """One episode of the scripted expert, or of a policy, under a slow random push. `action`, the
     label, is what was commanded; `executed_action` what was done. Pictures are PNG."""
     world, rng = world_at(cfg.world, task, cfg.stock), np.random.default_rng(seed)
-    command = Pilot(world, task, seed, cfg, *policy) if policy else world.expert
+    command = Pilot(world, task, seed, cfg, policy) if policy else world.expert
     distractions = {camera: distraction_of(task, seed, camera, cfg) for camera in cfg.camera}
     push, steps, finished = np.zeros(world.action_dim), [], None
     world.reset(seed)
@@ -421,33 +507,23 @@ def png_of(image: np.ndarray) -> bytes:
 
 
 class Pilot:
-    """A policy that acts: () -> the next action of its chunk, (A,). spec: of load_manifest;
-    tokens: {task: (ids, mask)}."""
+    """A policy that acts, in a worker: () -> the next action of its chunk, (A,)."""
 
-    def __init__(self, world: World, task: str, seed: int, cfg: Config, spec: dict, tokens: dict):
-        import torch
-        self.world, self.cfg, self.spec = world, cfg, spec
-        self.policy, self.rng = policy_at(cfg.policy), np.random.default_rng((seed, 1))
-        self.ids, self.mask = (torch.tensor([x]) for x in tokens[task])     # (1, L) each
-        self.distraction = distraction_of(task, seed, spec["camera"], cfg)
+    def __init__(self, world: World, task: str, seed: int, cfg: Config, policy: Tested):
+        self.world, self.task, self.cfg, self.policy = world, task, cfg, policy
+        self.rng = np.random.default_rng((seed, 1))
+        self.distraction = distraction_of(task, seed, policy.spec["camera"], cfg)
         self.queue, self.steps = [], 0
 
     def __call__(self) -> np.ndarray:
+        spec = self.policy.spec
         if not self.queue:
-            self.queue = list(self.chunk()[:self.cfg.replan or None])
+            image = look(self.world, self.cfg, spec, self.distraction, self.steps)
+            noise = self.rng.standard_normal((spec["chunk"], spec["action_dim"]), np.float32)
+            chunk, = self.policy.act([self.task], [(image, self.world.state, noise)])
+            self.queue = list(chunk[:self.cfg.replan or None])
         self.steps += 1
         return self.queue.pop(0)
-
-    def chunk(self) -> np.ndarray:
-        """What the policy would do from here on, (C, A)."""
-        import torch
-        spec = self.spec
-        image = view(self.world, spec["camera"], spec["source_size"], self.distraction, self.steps)
-        image, state = as_loaded(image, spec), self.world.state
-        noise = self.rng.standard_normal((spec["chunk"], spec["action_dim"]), np.float32)
-        image, state, noise = (torch.from_numpy(x)[None] for x in (image, state, noise))
-        with torch.inference_mode():
-            return self.policy(image, state, self.ids, self.mask, noise)[0].numpy()
 
 
 def record(cfg: Config):
@@ -455,10 +531,9 @@ def record(cfg: Config):
     holds all of them. An episode that fails is replaced by another seed's, or else left out and
     counted. A recording that was interrupted goes on with the first episode that is not there."""
     from data_oxe import Entry, EpisodeWriter               # imports TensorFlow: not in the workers
-    world, policy, sentences = find_world(cfg.world), None, sentences_of(cfg)
-    if cfg.policy:
-        spec = load_manifest(replace(cfg, camera=()))       # it looks from where it learned
-        policy, cfg.camera = (spec, tokenize(cfg, spec)), cfg.camera or (spec["camera"],)
+    world, sentences = find_world(cfg.world), sentences_of(cfg)
+    policy = recorded_policy(cfg)
+    cfg.camera = cfg.camera or (policy.spec["camera"],)
     name = dataset_name(cfg.world, cfg.camera[0], cfg.distract)
     told = {"success": "episode_metadata/success"} if cfg.keep == "all" else {}
     entry = Entry(frame=f"{cfg.image_size}x{cfg.image_size} png", **world.entry, **told)
@@ -468,9 +543,10 @@ def record(cfg: Config):
             for i in range(cfg.episodes) for task in cfg.tasks]
     steps, began = 0, time.time()
     with EpisodeWriter(cfg.data, name, entry, cfg.image_size, cfg.camera[1:],
-                       recording_settings(cfg)) as writer:
+                       recording_settings(cfg, policy)) as writer:
         left, tally = what_is_left(jobs, writer.kept, cfg.tasks)
-        for (_, task, seeds, *_), episode in zip(left, run_jobs(left, workers_here(cfg), "record")):
+        found = run_jobs(left, workers_here(cfg, policy), "record")
+        for (_, task, seeds, *_), episode in zip(left, found):
             tally[task].count(episode, seeds)
             if episode is None:
                 print(f"rollout: {who(cfg)} failed at '{task}' with all of the {len(seeds)} seeds "
@@ -491,7 +567,10 @@ def open_loop(cfg: Config):
     that it did not learn from, for each step of the chunk, beside the mean action's: root mean
     squares, in deviations of the recorded actions. Writes OUT/open_loop.json and .png."""
     from data_oxe import DataConfig, Loader, statistics
-    spec, out = read_manifest(Path(cfg.policy)), Path(cfg.out)
+    if len(cfg.policy) != 1:
+        fail(f"--world {cfg.world} measures one policy, not {' '.join(cfg.policy)}")
+    folder, out = Path(cfg.policy[0]), Path(cfg.out)
+    spec = read_manifest(folder)
     name, own = cfg.world.partition("/")[2] or spec["units_of"], spec["config"]
     data = DataConfig(data=cfg.data, mix=name, val_fraction=own["val_fraction"],
                       holdout=own["holdout"], resize=own["resize"], pairs_per_episode=0)
@@ -499,9 +578,10 @@ def open_loop(cfg: Config):
                     shuffle_mb=0)                           # one episode after the other
     for key in ("action_dim", "state_dim"):
         if spec[key] != getattr(loader, key):
-            fail(f"policy '{cfg.policy}': {key} is {spec[key]}, '{name}' has "
+            fail(f"policy '{folder}': {key} is {spec[key]}, '{name}' has "
                  f"{getattr(loader, key)}")
-    rows = predictions(cfg, spec, loader)
+    policy = Tested("", str(folder), out, spec, "", {})
+    rows = predictions(cfg, policy, loader)
     predicted, true, mask = map(np.stack, zip(*rows.values()))          # (N, C, A) twice, (N, C)
     actions = statistics(cfg.data, name)["actions"]
     mean, deviation = np.float32(actions["mean"]), np.float32(actions["std"])
@@ -515,32 +595,30 @@ def open_loop(cfg: Config):
           f"step of the chunk  policy  mean action")
     for step, (error, constant) in enumerate(zip(*errors.values())):
         print(f"{step:17d}  {error:6.3f}  {constant:11.3f}")
-    write_json(out / "open_loop.json", {"policy": cfg.policy, "dataset": name, "steps": len(rows),
-                                        "episodes": number, "errors": errors})
+    write_json(out / "open_loop.json", {"policy": str(folder), "dataset": name, "errors": errors,
+                                        "steps": len(rows), "episodes": number})
     plot_actions(rows, mean).savefig(out / "open_loop.png", dpi=90)
     print(f"predicted and true actions: {out}/open_loop.png")
 
 
-def predictions(cfg: Config, spec: dict, loader) -> dict[tuple, tuple]:
+def predictions(cfg: Config, policy: Tested, loader) -> dict[tuple, tuple]:
     """{(episode, step): (predicted chunk, true chunk (C, A), its mask (C,))} in order, of at most
     --episodes whole episodes."""
-    import torch
-    policy, rng = policy_at(cfg.policy), np.random.default_rng(cfg.seed)
-    tokens, rows, episodes = tokenizer_of(cfg, spec), {}, set()
+    rng, rows, episodes = np.random.default_rng(cfg.seed), {}, set()
+    shape = loader.batch_size, loader.chunk, loader.action_dim
     for batch in loader.to("cpu"):
-        noise = rng.standard_normal((loader.batch_size, spec["chunk"], spec["action_dim"]),
-                                    np.float32)
-        text = tokens(batch["instruction"])
-        ids, mask = (torch.tensor(text[key]) for key in ("input_ids", "attention_mask"))
-        with torch.inference_mode():
-            chunks = policy(batch["frames"][:, 0], batch["state"], ids, mask,
-                            torch.from_numpy(noise))
+        texts = batch["instruction"]
+        new = {text: text for text in texts if text not in policy.tokens}
+        policy.tokens.update(tokenize(policy.folder, policy.spec, new) if new else {})
+        noise = rng.standard_normal(shape, np.float32)
+        seen = zip(batch["frames"][:, 0].numpy(), batch["state"].numpy(), noise)
+        chunks = policy.act(texts, list(seen))
         keys = zip(batch["episode"].tolist(), batch["step"].tolist())
-        for key, *row in zip(keys, chunks, batch["actions"], batch["action_mask"]):
+        for key, *row in zip(keys, chunks, batch["actions"].numpy(), batch["action_mask"].numpy()):
             if key in rows or len(episodes | {key[0]}) > cfg.episodes:
                 return dict(sorted(rows.items()))           # the loader has come round, or enough
             episodes.add(key[0])
-            rows[key] = [x.numpy() for x in row]
+            rows[key] = row
 
 
 def plot_actions(rows: dict, mean: np.ndarray):
@@ -583,7 +661,7 @@ def main(cfg: Config):
 def check(cfg: Config):
     """Exits where settings do not go together; fills in what the world says of tasks and views."""
     if not cfg.record and not cfg.policy:
-        cfg.policy = "runs/finetune/policy"
+        cfg.policy = ("runs/finetune/policy",)
     if cfg.noise is None:
         cfg.noise = 0.0 if cfg.policy else 0.2
     if cfg.world.partition("/")[0] == "dataset":
@@ -599,9 +677,16 @@ def check(cfg: Config):
              f"recording may need spare ones)")
     if not 0 <= cfg.distract <= 1 or cfg.distract != round(cfg.distract, 2):
         fail(f"--distract {cfg.distract} must be in 0..1, with two decimals at most")
+    if len(set(cfg.tasks)) < len(cfg.tasks):
+        fail(f"--tasks {' '.join(cfg.tasks)} names a task twice")
+    if cfg.check == "scrambled" and len(cfg.tasks) < 2:
+        fail(f"--check scrambled tells each task another's sentence, but there is only "
+             f"'{cfg.tasks[0]}'")
     if min(cfg.replan, cfg.workers, cfg.noise) < 0:
         fail(f"--replan {cfg.replan}, --workers {cfg.workers} and --noise {cfg.noise} must not be "
              f"negative")
+    if cfg.record and cfg.check == "replay":
+        fail("--check replay is an evaluation; it records nothing")
     if cfg.record and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("--record starts its own processes (--workers); run it with python, not torchrun")
 
@@ -688,18 +773,26 @@ def tell_rates(tally: dict[str, Tally], cfg: Config):
 
 
 def who(cfg: Config) -> str:
-    return f"policy '{cfg.policy}'" if cfg.policy else "the expert"
+    return f"policy '{cfg.policy[0]}'" if cfg.policy else "the expert"
 
 
-def recording_settings(cfg: Config) -> dict:
+def recorded_policy(cfg: Config) -> Tested | None:
+    """The policy to record, None: the expert. It looks from where it learned, whatever --camera."""
+    if not cfg.policy:
+        return None
+    policy, *more = policies(replace(cfg, camera=()))
+    if more:
+        fail(f"--record --policy {' '.join(cfg.policy)}: record one policy at a time")
+    open_program(Path(policy.folder) / "policy.pt2")        # faults are told here, not in workers
+    policy.tokens                                           # made here, once
+    return policy
+
+
+def recording_settings(cfg: Config, policy: Tested | None) -> dict:
     """All that recorded episodes depend on."""
     names = ("world", "tasks", "sentence", "episodes", "camera", "max_steps", "stock", "distract",
-             "seed", "image_size", "noise", "keep", "replan", "policy")
-    settings = {name: getattr(cfg, name) for name in names}
-    if cfg.policy:
-        with (Path(cfg.policy) / "policy.pt2").open("rb") as file:
-            settings["policy"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return settings
+             "seed", "image_size", "noise", "keep", "replan", "check")
+    return {**{name: getattr(cfg, name) for name in names}, "policy": policy and policy.checksum}
 
 
 # ------------------------------------------------------------ other worlds
@@ -929,6 +1022,156 @@ def run_jobs(jobs: list[tuple], workers: int, label: str):
                 pool.shutdown(cancel_futures=True)
 
 
+ENVIRONMENTS = 3                # episodes that a worker has under way
+WORTH = 5                       # episodes that make up for building a world
+
+
+class Worker:
+    """A process that simulates episodes by turns. running, waiting: what it has under way, and what
+    the policy is to see of those that need a chunk; worlds: tasks that it has built."""
+
+    def __init__(self):
+        spawn = get_context("spawn")
+        self.connection, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=simulate, args=(theirs,), daemon=True)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)          # Ctrl-C is the parent's
+        self.process.start()
+        signal.signal(signal.SIGINT, handler)
+        theirs.close()
+        self.ready, self.running, self.waiting, self.worlds = False, [], {}, set()
+
+    def begin(self, key: tuple, job: tuple):
+        self.running.append(key)
+        self.worlds.add(key[1])
+        self.tell(key, job)
+
+    def tell(self, key: tuple, message):
+        self.waiting.pop(key, None)
+        try:
+            self.connection.send((key, message))
+        except OSError:                                     # it died: hear() tells
+            pass
+
+    def hear(self) -> tuple | None:
+        """-> (episode, what the policy is to see, its result), one of both; None: it died."""
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            return None
+
+    def end(self):
+        self.process.kill()
+        self.process.join()
+
+
+def simulate(connection):
+    """A worker's life: begins episodes and goes on with them, as it is told, until it is gone."""
+    start_worker()
+    connection.send((None, None, None))
+    running = {}
+    while True:
+        try:
+            key, message = connection.recv()
+        except EOFError:                                    # the parent is gone
+            return
+        seen = result = None
+        try:
+            if key in running:
+                seen = running[key].send(message)
+            else:
+                running[key] = episode(*message)
+                seen = next(running[key])
+        except StopIteration as end:
+            result = end.value
+            del running[key]
+        connection.send((key, seen, result))
+
+
+def run_episodes(jobs: dict[tuple, tuple], act, workers: int):
+    """Yields (key, result) of episodes as they end. jobs: {(.., task, seed): arguments of episode}.
+    act({key: what episode() yielded}) -> {key: chunk (C, A)}: asked for all that wait, when a
+    worker has nothing else to do.
+
+    The episodes of a worker that dies run once more, each alone in its worker; one whose worker
+    dies again has the result "crashed": True.
+    """
+    queue, again, tries = {}, [], Counter()                 # queue: {task: [key, ...]}
+    for key in jobs:
+        queue.setdefault(key[1], []).append(key)
+    crew, ended = [Worker() for _ in range(min(workers, len(jobs)))], 0
+    bar = tqdm(total=len(jobs), desc="rollout", unit="episode", mininterval=2,
+               disable=int(os.environ.get("RANK", 0)) > 0)
+    try:
+        while ended < len(jobs):
+            for worker in crew:
+                while key := next_episode(worker, crew, queue, again, tries):
+                    worker.begin(key, jobs[key])
+            speak = wait([worker.connection for worker in crew])
+            for worker in [worker for worker in crew if worker.connection in speak]:
+                for key, result in heard(worker, crew, again, tries, workers):
+                    if "crashed" in result and not ended:
+                        fail(f"no episode has ended, and '{key[1]}' at seed {key[2]} crashed twice, "
+                             f"see above")
+                    ended += 1
+                    bar.update()
+                    yield key, result
+            if any(w.running and len(w.waiting) == len(w.running) for w in crew):
+                chunks = act({key: seen for w in crew for key, seen in w.waiting.items()})
+                for worker in crew:
+                    for key in list(worker.waiting):
+                        worker.tell(key, chunks[key])
+    finally:
+        bar.close()
+        for worker in crew:
+            worker.end()
+
+
+def heard(worker: Worker, crew: list[Worker], again: list, tries: Counter, workers: int):
+    """Takes in what a worker says; yields what ended, (key, result). A dead one is replaced."""
+    if message := worker.hear():
+        key, seen, result = message
+        worker.ready = True
+        if seen is not None:
+            worker.waiting[key] = seen
+        if result is not None:
+            worker.running.remove(key)
+            yield key, result
+        return
+    worker.end()
+    code = worker.process.exitcode
+    if not worker.ready:
+        fail(f"a simulation process could not start (exit code {code}), see above; if nothing is, "
+             f"memory may have run out: fewer --workers than {workers}")
+    crew[crew.index(worker)] = Worker()
+    names = ", ".join(f"{task} at seed {seed}" for _, task, seed in worker.running) or "no episode"
+    tqdm.write(f"rollout: a simulation process died (exit code {code}) in {names}; another one goes "
+               f"on", file=sys.stderr)
+    for key in worker.running:
+        tries[key] += 1
+        if tries[key] == 1:
+            again.append(key)
+        else:
+            yield key, {"task": key[1], "seed": key[2], "crashed": True}
+
+
+def next_episode(worker: Worker, crew: list[Worker], queue: dict, again: list, tries: Counter):
+    """Takes the episode that a worker begins now from the queue; None: none. A world takes as long
+    to build as some episodes, so a worker goes on with the tasks that it has."""
+    if len(worker.running) == ENVIRONMENTS or any(tries[key] for key in worker.running):
+        return None
+    if again:
+        return None if worker.running else again.pop(0)
+    busy = {key[1] for key in worker.running}
+    left = {task: len(keys) for task, keys in queue.items() if keys and task not in busy}
+    worlds = Counter(task for w in crew for task in w.worlds)
+    share = {task: n / (worlds[task] + (task not in worker.worlds)) for task, n in left.items()}
+    own = [task for task in share if task in worker.worlds]
+    task = max(own or share, key=share.get, default=None)
+    if task is None or not own and worker.running and worlds[task] and share[task] < WORTH:
+        return None
+    return queue[task].pop(0)
+
+
 def start_worker():
     """Runs once in each worker. A renderer that cannot start ends it, which run_jobs reports."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is the parent's
@@ -942,9 +1185,9 @@ def start_worker():
         os._exit(1)
 
 
-def workers_here(cfg: Config) -> int:
-    """--workers, or one a core of this process's share, as long as memory holds them: each has its
-    own copy of the policy, and one more while it is loaded."""
+def workers_here(cfg: Config, policy: Tested | None = None) -> int:
+    """--workers, or one a core of this process's share, as long as memory holds them, each with its
+    own copy of `policy`."""
     if cfg.workers:
         return cfg.workers
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -952,17 +1195,37 @@ def workers_here(cfg: Config) -> int:
     limit = Path("/sys/fs/cgroup/memory.max")               # a job's, where there is one
     if limit.exists() and limit.read_text().strip().isdigit():
         memory = min(memory, int(limit.read_text()))
-    policy = (Path(cfg.policy) / "policy.pt2").stat().st_size if cfg.policy else 0
-    fit = int(0.8 * memory / (1e9 + 2 * policy))
+    size = (Path(policy.folder) / "policy.pt2").stat().st_size if policy else 0
+    fit = int(0.8 * memory / (1e9 + 2 * size))              # one more while it is loaded
     return max(1, min(len(os.sched_getaffinity(0)), fit) // processes)
 
 
+def meet() -> tuple[int, int]:
+    """Joins the other processes of torchrun -> rank, their number."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        import torch.distributed as dist
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    return rank, processes
+
+
+def barrier():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        import torch.distributed as dist
+        dist.barrier()
+
+
 @cache
-def policy_at(folder: str):
-    """A worker's copy of policy.pt2."""
+def policy_at(folder: str) -> tuple:
+    """policy.pt2 of a folder, loaded once, and the device it is on: this process's GPU, or the
+    CPU."""
     import torch
-    torch.set_num_threads(1)
-    return open_program(f"{folder}/policy.pt2")[0].module()
+    from torch.export.passes import move_to_device_pass
+    device, program = "cpu", open_program(f"{folder}/policy.pt2")[0]
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        program = move_to_device_pass(program, device)
+    return program.module(), device
 
 
 # ------------------------------------------------------------ policy/, results
@@ -989,8 +1252,75 @@ def check_sums(folder: Path):
              f"not that of SHA256SUMS; export the folder again")
 
 
+NEEDED = ("image_size", "text_len", "chunk", "units_of", "datasets", "config")
+
+
+def policies(cfg: Config) -> list[Tested]:
+    """Those of --policy. One alone has its results in OUT, others in OUT/NAME, the nth training
+    seed of several in OUT/NAME_n."""
+    arms, tested = parse_arms(cfg.policy, "--policy"), []
+    for arm, folders in arms.items():
+        for i, folder in enumerate(folders):
+            if not (folder / "manifest.json").exists() and (folder / "policy").is_dir():
+                folder /= "policy"                          # a run of finetune.py
+            name = f"{arm}_{i}" if len(folders) > 1 else arm
+            out = Path(cfg.out) if len(arms) == len(folders) == 1 else Path(cfg.out) / name
+            spec = load_manifest(str(folder), cfg)
+            sums = folder / "SHA256SUMS"
+            text = sums.read_text() if sums.exists() else "\n".join(file_sums(folder))
+            checksum = hashlib.sha256(text.encode()).hexdigest()
+            tested.append(Tested(arm, str(folder), out, spec, checksum, told(cfg)))
+    return tested
+
+
+def parse_arms(items: tuple[str, ...], option: str) -> dict[str, list[Path]]:
+    """FOLDER or NAME=FOLDER[,FOLDER...], several -> {name: [folder, ...]}; a folder without a name
+    has its own, policy/ that of its run."""
+    arms = {}
+    for item in items:
+        name, _, folders = item.rpartition("=")
+        folders = [Path(folder) for folder in folders.split(",")]
+        if not name:
+            name = folders[0].resolve().name
+            name = folders[0].resolve().parent.name if name == "policy" else name
+        if name in arms:
+            fail(f"{option} '{item}': there is a '{name}' already; give NAME=FOLDER")
+        if not re.fullmatch(r"[\w.+-]+", name):
+            fail(f"{option} '{item}': '{name}' is to be a folder's name: letters, digits, _.+-")
+        arms[name] = folders
+    return arms
+
+
+def replayed(cfg: Config) -> Tested:
+    """The actions executed in the recorded dataset DATA/WORLD_CAMERA, --episodes a task, in place
+    of a policy's. Seeds stand in the episodes' file_path, WORLD/TASK/SEED."""
+    import tensorflow_datasets as tfds
+
+    from data_oxe import find_entry, open_builder
+    camera = (cfg.camera or find_world(cfg.world).cameras)[0]
+    name = dataset_name(cfg.world, camera)
+    builder = open_builder(cfg.data, name, find_entry(cfg.data, name))
+    wanted = {"episode_metadata": {"file_path"}, "steps": {"executed_action"}}
+    dataset = builder.as_dataset(split="train", decoders=tfds.decode.PartialDecoding(wanted),
+                                 shuffle_files=False)
+    recorded, counts = {}, Counter()
+    for example in dataset:
+        path = example["episode_metadata"]["file_path"].numpy().decode()
+        *_, task, seed = path.split("/")
+        if task in cfg.tasks and counts[task] < cfg.episodes:
+            counts[task] += 1
+            steps = example["steps"].as_numpy_iterator()
+            recorded[task, int(seed)] = np.stack([step["executed_action"] for step in steps])
+    if missing := [task for task in cfg.tasks if not counts[task]]:
+        fail(f"--check replay: '{cfg.data}/{name}' has no episode of '{missing[0]}', only of "
+             f"{', '.join(sorted(counts)) or 'other tasks'}")
+    checksum = hashlib.sha256(b"".join(x.tobytes() for x in recorded.values())).hexdigest()
+    return Tested("replay", f"{cfg.data}/{name}", Path(cfg.out), {"camera": camera}, checksum,
+                  told(cfg), recorded)
+
+
 def read_manifest(folder: Path) -> dict:
-    """policy/manifest.json of an undamaged hand-over folder, or exits."""
+    """manifest.json of an undamaged policy/ folder, or exits."""
     path = folder / "manifest.json"
     if not path.exists():
         fail(f"no policy at '{folder}' (manifest.json is missing); finetune.py writes one to "
@@ -1002,13 +1332,16 @@ def read_manifest(folder: Path) -> dict:
         fail(f"'{path}' is damaged ({error})")
     if spec.get("schema") != "policy.v1":
         fail(f"policy '{folder}': schema is {spec.get('schema')!r}, 'policy.v1' is needed")
+    if missing := [key for key in NEEDED if key not in spec]:
+        fail(f"'{path}' has no '{missing[0]}', which policies of schema {spec['schema']} have; "
+             f"export it again with finetune.py")
     return spec
 
 
-def load_manifest(cfg: Config) -> dict:
-    """policy/manifest.json, with "camera" and "source_size", the side of the pictures that the
-    policy learned from. Exits with the two values where schema or widths do not fit the world."""
-    folder, world, prefix = Path(cfg.policy), find_world(cfg.world), dataset_name(cfg.world, "")
+def load_manifest(policy: str, cfg: Config) -> dict:
+    """read_manifest, with "camera" and "source_size", the side of the pictures that the policy
+    learned from. Exits with the two values where it does not fit the world or settings."""
+    folder, world, prefix = Path(policy), find_world(cfg.world), dataset_name(cfg.world, "")
     spec = read_manifest(folder)
     for key in ("action_dim", "state_dim"):
         if spec.get(key) != getattr(world, key):
@@ -1023,30 +1356,84 @@ def load_manifest(cfg: Config) -> dict:
     camera = cfg.camera[0] if cfg.camera else first_camera
     if camera not in sizes:
         warn(f"policy '{folder}' has not seen camera {camera}, only {', '.join(sizes)}")
-    open_program(folder / "policy.pt2")                     # faults are told here, not in workers
+    check_horizon(spec, folder, cfg)
     return {**spec, "camera": camera, "source_size": sizes.get(camera, sizes[first_camera])}
 
 
-def tokenizer_of(cfg: Config, spec: dict):
-    """fn(text or texts) -> {"input_ids": L numbers, "attention_mask": as many}, of each."""
+def check_horizon(spec: dict, folder: Path, cfg: Config):
+    if cfg.replan > spec["chunk"]:
+        fail(f"--replan {cfg.replan}: policy '{folder}' predicts {spec['chunk']} actions at a time")
+    if cfg.ensemble is not None and not 1 <= cfg.replan < spec["chunk"]:
+        fail(f"--ensemble {cfg.ensemble} averages chunks that overlap, with --replan {cfg.replan} "
+             f"those of policy '{folder}' do not: give --replan in 1..{spec['chunk'] - 1}")
+
+
+def tokenize(folder: str, spec: dict, sentences: dict[str, str]) -> dict[str, tuple]:
+    """{task: (ids, mask) of its sentence, int64 (L,) each}"""
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(cfg.policy, trust_remote_code=False)
-    return partial(tokenizer, padding="max_length", max_length=spec["text_len"], truncation=True,
-                   padding_side="right")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokens = {task: tokenizer(text, padding="max_length", max_length=spec["text_len"],
+                              truncation=True, padding_side="right")
+              for task, text in sentences.items()}
+    return {task: (np.array(x["input_ids"]), np.array(x["attention_mask"]))
+            for task, x in tokens.items()}
 
 
-def tokenize(cfg: Config, spec: dict) -> dict[str, tuple]:
-    """{task: (ids, mask) of its sentence}"""
-    tokenizer, sentences = tokenizer_of(cfg, spec), sentences_of(cfg)
-    tokens = {task: tokenizer(sentences[task]) for task in cfg.tasks}
-    return {task: (x["input_ids"], x["attention_mask"]) for task, x in tokens.items()}
+# what an episode depends on, besides its policy
+SETTINGS = ("world", "tasks", "episodes", "camera", "max_steps", "stock", "distract", "seed",
+            "replan", "ensemble", "check")
 
 
-def write_video(path: Path, frames: list, result: dict):
-    """A GIF at real speed with the outcome written on every frame."""
+def begin(cfg: Config, tested: list[Tested]) -> dict[tuple, dict]:
+    """Notes in OUT what is evaluated; with --resume -> the episodes that are there, as of
+    read_episodes. Exits where they are of other settings or policies."""
+    out, done = Path(cfg.out), {}
+    path = out / "evaluation.json"
+    now = {name: getattr(cfg, name) for name in SETTINGS}
+    now |= {f"policy {one.out.relative_to(out)} ({one.arm})": one.checksum for one in tested}
+    now = json.loads(json.dumps(now))
+    if cfg.resume and path.exists():
+        was = json.loads(path.read_text())
+        differ = [f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in {**was, **now}
+                  if was.get(key) != now.get(key)]
+        if differ:
+            fail(f"--resume: '{out}' is of another evaluation: {'; '.join(differ)}; give another "
+                 f"--out, or leave --resume out to start over")
+        done = read_episodes(out)
+    barrier()                                               # all have read
+    if int(os.environ.get("RANK", 0)) == 0:
+        if not done:
+            for log in out.glob("episodes_*.jsonl"):
+                log.unlink()
+        write_json(path, now)
+        for one in tested:
+            one.out.mkdir(parents=True, exist_ok=True)
+    barrier()
+    if done:
+        print(f"{len(done)} episodes are in '{out}' already")
+    return done
+
+
+def read_episodes(out: Path) -> dict[tuple, dict]:
+    """{(number of the policy, task, seed): result} of all processes' logs."""
+    results = {}
+    for path in sorted(out.glob("episodes_*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                result = json.loads(line)
+            except ValueError:                              # torn when the machine went down
+                continue
+            results[result.pop("policy"), result["task"], result["seed"]] = result
+    return results
+
+
+def write_video(path: Path, frames: list, result: dict, sentence: str):
+    """A GIF at real speed; instruction, step and outcome stand on every frame. frames: uint8
+    (160, 160, 3), every fourth step, then the end."""
     outcome = "success" if result["success"] else "failure"
-    text, images = f"{result['task']}\n{outcome}, {result['steps']} steps", []
-    for frame in frames:
+    told, images = textwrap.fill(sentence, 26), []
+    for i, frame in enumerate(frames):
+        text = f"{told}\nstep {min(4 * i, result['steps'])}, {outcome}"
         image = Image.fromarray(frame)
         ImageDraw.Draw(image).multiline_text((4, 3), text, fill=(255, 255, 255), stroke_width=1,
                                              stroke_fill=(0, 0, 0))
@@ -1061,42 +1448,235 @@ def write_json(path: Path, value: dict):
     partial.rename(path)
 
 
+# ------------------------------------------------------------ tables, report
 def compare(cfg: Config):
-    """Prints success per task of several evaluations side by side and writes OUT/results.json."""
-    arms = dict(read_arm(item) for item in cfg.compare)
-    first, one = next(iter(arms.items()))
-    for name, arm in arms.items():
-        if list(arm["tasks"]) != list(one["tasks"]):
-            fail(f"--compare: '{name}' was evaluated on other tasks than '{first}'")
-        if arm["evaluation_seeds"] != one["evaluation_seeds"]:
-            fail(f"--compare: evaluation seeds of '{name}' are {arm['evaluation_seeds']}, of "
-                 f"'{first}' {one['evaluation_seeds']}")
-        if arm["distract"] != one["distract"]:
-            fail(f"--compare: '{name}' was evaluated at --distract {arm['distract']}, '{first}' at "
-                 f"{one['distract']}")
-    rows = [["success rate [95% interval]", *arms]]
-    for task, column in one["tasks"].items():
-        cells = [arm["tasks"][task] for arm in arms.values()]
+    """The table and the report of finished evaluations."""
+    report(parse_arms(cfg.compare, "--compare"), cfg)
+
+
+def report(arms: dict[str, list[Path]], cfg: Config):
+    """Prints the success of arms side by side and writes OUT/table.json and OUT/report.html, with
+    figures and their numbers beside it. arms: {name: folders of its training seeds' evaluations}"""
+    found = {name: [read_evaluation(folder) for folder in folders]
+             for name, folders in arms.items()}
+    check_comparable(found)
+    table, out = tabulate(found), Path(cfg.out)
+    lines = lines_of(table, found)
+    print("\n".join(lines))
+    write_json(out / "table.json", table)
+    write_page(out, table, found, lines, arms)
+    print(f"report: {out}/report.html")
+
+
+def read_evaluation(folder: Path) -> dict:
+    """results.json of a finished evaluation; settings that older ones did not have are filled in."""
+    path = folder / "results.json"
+    if not path.is_file():
+        fail(f"no finished evaluation at '{folder}': there is no '{path}'")
+    try:
+        found = json.loads(path.read_text())
+        found["config"] = {"distract": 0.0, "ensemble": None, "check": "", **found["config"]}
+        found.setdefault("crashed", [])
+        found["tasks"], found["seeds"], found["episodes"], found["policy_manifest"]
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"'{path}' is no evaluation of rollout.py ({type(error).__name__}: {error})")
+    return found
+
+
+def check_comparable(found: dict[str, list[dict]]):
+    """Exits where evaluations are not of the same episodes."""
+    named = [(name, run) for name, runs in found.items() for run in runs]
+    first, one = named[0]
+    for name, run in named[1:]:
+        pairs = {"tasks": (list(run["tasks"]), list(one["tasks"])),
+                 "environment seeds": (run["seeds"], one["seeds"])}
+        pairs |= {f"--{key.replace('_', '-')}": (run["config"].get(key), one["config"].get(key))
+                  for key in ("world", "episodes", "max_steps", "stock", "distract")}
+        for what, (here, there) in pairs.items():
+            if here != there:
+                fail(f"evaluations of other episodes: {what} of '{name}' is {here}, of '{first}' "
+                     f"{there}")
+
+
+def tabulate(found: dict[str, list[dict]]) -> dict:
+    """{arm: {"tasks": {task or "all": rates and intervals}, ...}}, for JSON.
+
+    95% intervals: Wilson's of one training seed; of several, and of the differences to the first
+    arm, those of a bootstrap that draws training seeds, and episodes of each task, which are the
+    same environment seeds for all arms. `between_seeds` is the deviation of training seeds' rates,
+    `of_episodes` the standard error of the rate from the choice of episodes alone.
+    """
+    success = {name: np.stack([outcomes(run) for run in runs]) for name, runs in found.items()}
+    drawn, base, table = bootstrap(success), next(iter(found)), {}
+    for name, x in success.items():
+        runs, rows = found[name], {}
+        for i, task in enumerate(runs[0]["tasks"]):
+            mine = x if task == "all" else x[:, i]
+            ended = int(np.isfinite(mine).sum())
+            low, high = np.nanquantile(drawn[name][:, i], [0.025, 0.975])
+            if len(runs) == 1:
+                low, high = wilson(int(np.nansum(mine)), ended)
+            rows[task] = dict(successes=int(np.nansum(mine)), episodes=ended, low=low, high=high,
+                              rate=rates(x)[i])
+            if name != base:
+                less = np.nanquantile(drawn[name][:, i] - drawn[base][:, i], [0.025, 0.975])
+                rows[task]["difference"] = rates(x)[i] - rates(success[base])[i], *less
+        each = [rates(run[None])[-1] for run in x]
+        table[name] = dict(
+            tasks=rows, training_seeds=each, of_episodes=error_of_episodes(x),
+            between_seeds=np.std(each, ddof=1) if len(runs) > 1 else None,
+            crashed=[(c["task"], c["seed"]) for run in runs for c in run["crashed"]],
+            runs=[facts_of(run) for run in runs])
+    return table
+
+
+def outcomes(run: dict) -> np.ndarray:
+    """Success of an evaluation's episodes by task and seed, (T, E); NaN where the simulator crashed
+    or, of recorded actions, a task has fewer episodes."""
+    rows = []
+    for task in [task for task in run["tasks"] if task != "all"]:
+        mine = [e for e in run["episodes"] + run["crashed"] if e["task"] == task]
+        mine.sort(key=lambda e: e["seed"])
+        rows.append([e.get("success", math.nan) for e in mine])
+    longest = max(map(len, rows))
+    return np.array([row + [math.nan] * (longest - len(row)) for row in rows], float)
+
+
+def rates(success: np.ndarray) -> np.ndarray:
+    """(R, T, E) -> success of each task, and of all episodes, (T + 1,)"""
+    ended, successes = np.isfinite(success).sum((0, 2)), np.nansum(success, (0, 2))
+    return np.append(successes, successes.sum()) / np.maximum(1, np.append(ended, ended.sum()))
+
+
+def bootstrap(success: dict[str, np.ndarray], draws: int = 1000) -> dict[str, np.ndarray]:
+    """{arm: (R, T, E)} -> {arm: rates of each draw, (draws, T + 1)}"""
+    rng, drawn = np.random.default_rng(0), {name: [] for name in success}
+    _, tasks, episodes = next(iter(success.values())).shape
+    for _ in range(draws):
+        columns = rng.integers(episodes, size=(1, tasks, episodes))
+        for name, x in success.items():
+            some = x[rng.integers(len(x), size=len(x))]
+            drawn[name].append(rates(np.take_along_axis(some, columns, 2)))
+    return {name: np.array(rows) for name, rows in drawn.items()}
+
+
+def error_of_episodes(success: np.ndarray) -> float:
+    """Standard error of the rate over all (R, T, E), had other episodes been drawn for the same
+    policies."""
+    mean = success.mean(0)                                  # (T, E)
+    if mean.shape[1] < 2:
+        return math.nan
+    return float(np.sqrt(np.nanmean(np.nanvar(mean, 1, ddof=1)) / np.isfinite(mean).sum()))
+
+
+def facts_of(run: dict) -> dict:
+    """What a table's reader may ask of an evaluation: which policy, and how it was trained and
+    run."""
+    manifest, config = run["policy_manifest"], run["config"]
+    training = {key: manifest.get("config", {}).get(key)
+                for key in ("init", "seed", "episodes_per_task", "use_state")}
+    chunk = manifest.get("chunk")
+    return {"policy": run["policy"], "step": manifest.get("step"), "camera": manifest["camera"],
+            "blind": manifest.get("blind"), "training": training, "chunk": chunk,
+            "executed": config["replan"] or chunk, "ensemble": config["ensemble"],
+            "check": config["check"]}
+
+
+def lines_of(table: dict, found: dict[str, list[dict]]) -> list[str]:
+    """The table as text, a column an arm."""
+    base, arms = next(iter(table)), list(table.values())
+    one, runs = found[base][0], [arm["runs"][0] for arm in arms]
+    rows = [["success rate [95% interval]", *table]]
+    for task, column in arms[0]["tasks"].items():
+        cells = [arm["tasks"][task] for arm in arms]
         cells = [f"{c['rate']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" for c in cells]
         rows.append([f"{task} ({column['episodes']})", *cells])
-    for head, *cells in rows:
-        print(head.ljust(28) + "".join(cell.ljust(20) for cell in cells))
-    write_json(Path(cfg.out) / "results.json", arms)
+    if len(arms) > 1:
+        differences = [arm["tasks"]["all"]["difference"] for arm in arms[1:]]
+        rows.append([f"all, less {base}", "", *map("{:+.2f} [{:+.2f}, {:+.2f}]".format,
+                                                   *zip(*differences))])
+    rows.append(["standard error, episodes", *[f"{arm['of_episodes']:.3f}" for arm in arms]])
+    if any(len(arm["runs"]) > 1 for arm in arms):
+        each = [" ".join(map("{:.2f}".format, arm["training_seeds"])) for arm in arms]
+        spread = [arm["between_seeds"] for arm in arms]
+        rows += [["training seeds, all", *each],
+                 ["deviation between them", *["" if x is None else f"{x:.3f}" for x in spread]]]
+    if runs[0]["chunk"]:
+        rows += [["actions executed of a chunk", *[f"{r['executed']} of {r['chunk']}" for r in runs]],
+                 ["ensembling", *["none" if r["ensemble"] is None else f"{r['ensemble']:g}"
+                                  for r in runs]]]
+    if any(run["check"] for run in runs):
+        rows.append(["check", *[run["check"] or "none" for run in runs]])
+    if any(arm["crashed"] for arm in arms):
+        rows.append(["crashed, not counted", *[str(len(arm["crashed"])) for arm in arms]])
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    lines = ["".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows]
+    lines += [f"crashed in {name}: {task} at seed {seed}"
+              for name, arm in table.items() for task, seed in arm["crashed"]]
+    config, (first, last) = one["config"], one["seeds"]
+    distract = f", --distract {config['distract']}" if config["distract"] else ""
+    return [*lines, f"environment seeds {first} to {last}, at most {config['max_steps']} steps"
+                    f"{distract}"]
 
 
-def read_arm(item: str) -> tuple[str, dict]:
-    """NAME=FOLDER -> NAME, what that evaluation found and how its policy was trained."""
-    name, _, folder = item.partition("=")
-    path = Path(folder) / "results.json"
-    if not path.is_file():
-        fail(f"--compare '{item}': there is no '{path}'")
-    report = json.loads(path.read_text())
-    manifest = report["policy_manifest"]
-    settings = "init", "seed", "episodes_per_task", "use_state"
-    return name, {"tasks": report["tasks"], "evaluation_seeds": report["seeds"],
-                  "distract": report["config"].get("distract", 0.0),    # older ones were clean
-                  "policy": report["policy"], "step": manifest["step"], "blind": manifest["blind"],
-                  **{k: manifest["config"][k] for k in settings}}
+def write_page(out: Path, table: dict, found: dict, lines: list[str], arms: dict):
+    """OUT/report.html with all in it, each figure as PNG, and its numbers as JSON beside it."""
+    style = "body{font:14px sans-serif;margin:2em} img{max-width:100%} .video{width:240px}"
+    page = ["<!doctype html><meta charset=utf-8><title>closed loop</title>",
+            f"<style>{style}</style><h1>Closed loop</h1>",
+            "<pre>" + html.escape("\n".join(lines)) + "</pre>"]
+    for plot in (plot_success, plot_over_time):
+        figure, numbers = plot(table, found)
+        png = out / f"{plot.__name__.removeprefix('plot_')}.png"
+        figure.savefig(png, dpi=80, bbox_inches="tight")
+        write_json(png.with_suffix(".json"), numbers)
+        page.append(f"<h2>{plot.__doc__}</h2>{inlined(png)}")
+    for name, folders in arms.items():
+        paths = [folder / f"{task}.gif" for folder in folders for task in table[name]["tasks"]]
+        videos = [inlined(path, "video") for path in paths if path.exists()]
+        page.append(f"<h2>{html.escape(name)}</h2>{' '.join(videos)}")
+    (out / "report.html").write_text("\n".join(page))
+
+
+def inlined(path: Path, kind: str = "figure") -> str:
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    return f'<img class="{kind}" src="data:image/{path.suffix[1:]};base64,{encoded}">'
+
+
+def plot_success(table: dict, found: dict):
+    """Success with 95% intervals"""
+    from matplotlib.figure import Figure
+    tasks = list(next(iter(table.values()))["tasks"])
+    figure = Figure(figsize=(max(6, 0.4 * len(tasks) * (1 + len(table))), 3.5))
+    axes, width, numbers = figure.subplots(), 0.8 / len(table), {}
+    for i, (name, arm) in enumerate(table.items()):
+        rows = [arm["tasks"][task] for task in tasks]
+        rate, low, high = (np.array([row[key] for row in rows]) for key in ("rate", "low", "high"))
+        axes.bar(np.arange(len(tasks)) + i * width, rate, width, label=name, capsize=2,
+                 yerr=np.maximum(0, [rate - low, high - rate]))
+        numbers[name] = {task: [row["rate"], row["low"], row["high"]]
+                         for task, row in zip(tasks, rows)}
+    axes.set(ylim=(0, 1), ylabel="success")
+    axes.set_xticks(np.arange(len(tasks)) + 0.4 - width / 2, tasks, rotation=30, ha="right")
+    axes.legend(fontsize=8)
+    return figure, numbers
+
+
+def plot_over_time(table: dict, found: dict):
+    """Share of episodes that have succeeded by a step"""
+    from matplotlib.figure import Figure
+    figure, numbers = Figure(figsize=(6, 3.5)), {}
+    axes = figure.subplots()
+    for name, runs in found.items():
+        episodes = [e for run in runs for e in run["episodes"]]
+        ends = np.array([e["steps"] if e["success"] else math.inf for e in episodes])
+        steps = np.arange(runs[0]["config"]["max_steps"] + 1)
+        share = (ends <= steps[:, None]).mean(1)
+        axes.plot(steps, share, label=name)
+        numbers[name] = {"step": steps.tolist(), "share": share.tolist()}
+    axes.set(ylim=(0, 1), xlabel="step", ylabel="success")
+    axes.legend(fontsize=8)
+    return figure, numbers
 
 
 # All that an archive by laq.py or finetune.py may hold: its members, its operators (a model of your

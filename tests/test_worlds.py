@@ -48,7 +48,7 @@ def test_an_environment_of_one_s_own(reach, tmp_path, capsys):
     assert step["observation"]["image"].shape == (32, 32, 3)
     assert step["observation"]["state"].shape == step["action"].shape == (2,)
     assert step["language_instruction"] == b"Move the dot to the cross"
-    common = dict(world=REACH, policy=str(reach / "ft/policy"), max_steps=20, workers=1)
+    common = dict(world=REACH, policy=(str(reach / "ft/policy"),), max_steps=20, workers=1)
     roll(**common, episodes=3, out=str(tmp_path / "closed"))
     assert json.loads((tmp_path / "closed/results.json").read_text())["tasks"]["all"]["episodes"] == 3
     roll(**common, episodes=3, record=True, keep="all", data=str(tmp_path), image_size=24)
@@ -61,7 +61,7 @@ def test_an_environment_of_one_s_own(reach, tmp_path, capsys):
 
 def test_open_loop_measures_what_a_policy_does(reach, tmp_path, monkeypatch, capsys):
     """A policy that says the recorded actions has no error, the mean's is about one deviation."""
-    options = dict(policy=str(reach / "ft/policy"), data=str(reach), out=str(tmp_path))
+    options = dict(policy=(str(reach / "ft/policy"),), data=str(reach), out=str(tmp_path))
     real, rows = rollout.predictions, {}
 
     def perfect(*args):
@@ -92,11 +92,11 @@ def test_open_loop_measures_what_a_policy_does(reach, tmp_path, monkeypatch, cap
     (dict(sentence="Do it"), "--sentence: --world metaworld has 50 tasks"),
     (dict(camera=("corner", "topview")), "corner topview: a policy looks from one"),
     (dict(world="dataset", record=True), "is recorded already"),
-    (dict(world="metaworld", policy="FT"), "acts in the units of 'own_world_reach_render'"),
+    (dict(world="metaworld", policy=("FT",)), "acts in the units of 'own_world_reach_render'"),
 ])
 def test_a_world_that_does_not_fit_is_one_line(options, says, reach):
     if "policy" in options:
-        options["policy"] = str(reach / "ft/policy")
+        options["policy"] = (str(reach / "ft/policy"),)
         spec = json.loads((reach / "ft/policy/manifest.json").read_text())
         assert spec["action_dim"] == 2
         says = "action_dim is 2, metaworld has 4"
