@@ -397,6 +397,7 @@ def evaluate(cfg: Config):
     jobs = {key: job for key, job in jobs_of(tested, cfg).items() if key not in done}
     mine = dict(list(jobs.items())[rank::processes])
     with (out / f"episodes_{rank}.jsonl").open("a") as log:
+        log.write("\n" if done else "")                     # the last line may be torn
         for key, result in run_episodes(mine, partial(ask, tested), workers_here(cfg)):
             one = tested[key[0]]
             if frames := result.pop("frames", None):
