@@ -265,6 +265,13 @@ class Distraction:
         return x
 
 
+def distractions_of(task: str, seed: int, cameras: list[str], cfg: Config) -> dict:
+    """{camera: its Distraction in an episode}; those beside the first shake in their own ways."""
+    own = ["", *cameras[1:]]
+    return {camera: Distraction((seed, *task.encode(), *name.encode()), cfg.distract)
+            for camera, name in zip(cameras, own)}
+
+
 @cache
 def find_world(name: str) -> type[World]:
     """The class of --world `name`: a name of WORLDS, or MODULE:CLASS; exits where there is none."""
@@ -291,13 +298,14 @@ def view(world: World, camera: str, size: int, distraction: Distraction, step: i
 # ------------------------------------------------------------ evaluation
 def episode(task: str, seed: int, cfg: Config, spec: dict, film: bool, recorded=None):
     """One closed-loop episode, a generator: it yields what the policy is to see (images uint8
-    (S, S, 3), state float32 (Ds,), noise float32 (C, A)), is sent a chunk of actions (C, A), and
+    (N, S, S, 3), state float32 (Ds,), noise float32 (C, A)), is sent a chunk of actions (C, A), and
     returns the result; with `film` also its frames at 160 px, one every FILM steps and the last.
 
     spec: of load_manifest. recorded: actions (T, A) to execute instead of a policy's.
     """
     world, rng = world_at(cfg.world, task, cfg.stock), np.random.default_rng(seed)
-    distraction = Distraction((seed, *task.encode()), cfg.distract)
+    distractions = distractions_of(task, seed, spec["views"], cfg)
+    film = partial(view, world, spec["camera"], 160, distractions[spec["camera"]]) if film else None
     chunks, limit = {}, cfg.max_steps                       # chunks: {first step: actions (C, A)}
     if recorded is not None:
         chunks, limit = {0: recorded}, len(recorded)
@@ -306,22 +314,24 @@ def episode(task: str, seed: int, cfg: Config, spec: dict, film: bool, recorded=
     while steps < limit and not success and not world.over:
         if recorded is None and steps % (cfg.replan or spec["chunk"]) == 0:
             noise = rng.standard_normal((spec["chunk"], spec["action_dim"]), np.float32)
-            chunks[steps] = yield look(world, cfg, spec, distraction, steps), world.state, noise
+            chunks[steps] = yield look(world, cfg, spec, distractions, steps), world.state, noise
         if film and steps % FILM == 0:
-            frames.append(view(world, spec["camera"], 160, distraction, steps))
+            frames.append(film(steps))
         _, success = world.step(blended(chunks, steps, cfg.ensemble))
         steps += 1
     if film:
-        frames.append(view(world, spec["camera"], 160, distraction, steps))
+        frames.append(film(steps))
     return dict(task=task, seed=seed, success=success, steps=steps, frames=frames)
 
 
-def look(world: World, cfg: Config, spec: dict, distraction: Distraction, step: int) -> np.ndarray:
-    """What the policy is shown, uint8 (S, S, 3)."""
+def look(world: World, cfg: Config, spec: dict, distractions: dict, step: int) -> np.ndarray:
+    """What the policy is shown, uint8 (N, S, S, 3): a picture of each of its cameras, black where
+    the world lacks one."""
     size = spec["source_size"]
-    if cfg.check == "blind":
-        return np.zeros((size, size, 3), np.uint8)
-    return view(world, spec["camera"], size, distraction, step)
+    black = np.zeros((size, size, 3), np.uint8)
+    return np.stack([view(world, camera, size, distraction, step)
+                     if camera in world.cameras and cfg.check != "blind" else black
+                     for camera, distraction in distractions.items()])
 
 
 def blended(chunks: dict[int, np.ndarray], step: int, decay: float | None) -> np.ndarray:
@@ -356,7 +366,9 @@ class Tested:
         policy, device = policy_at(self.folder)
         images, state, noise = zip(*seen)
         ids, mask = zip(*(self.tokens[task] for task in tasks))
-        images = [as_loaded(image, self.spec) for image in images]
+        images = np.stack([[as_loaded(x, self.spec) for x in views] for views in images])
+        if images.shape[1] == 1:                            # programs of one camera have no N
+            images = images[:, 0]
         inputs = [torch.from_numpy(np.stack(x)).to(device)
                   for x in (images, state, ids, mask, noise)]
         with torch.inference_mode():
@@ -404,7 +416,10 @@ def evaluate(cfg: Config):
         for number, one in enumerate(tested):
             summarize([r for key, r in results.items() if key[0] == number], one, cfg)
         arms = {one.arm: [x.out for x in tested if x.arm == one.arm] for one in tested}
-        report(arms, cfg)
+        table = report(arms, cfg)
+        if cfg.check == "replay" and table["replay"]["tasks"]["all"]["rate"] < 0.95:
+            fail(f"recorded actions do not succeed again in 95% of the episodes: this simulator is "
+                 f"not the one that '{tested[0].folder}' was recorded in")
 
 
 def ask(tested: list[Tested], shown: dict[tuple, tuple]) -> dict[tuple, np.ndarray]:
@@ -481,7 +496,7 @@ def recorded_episode(task: str, seed: int, cfg: Config, policy: Tested | None) -
     label, is what was commanded; `executed_action` what was done. Pictures are PNG."""
     world, rng = world_at(cfg.world, task, cfg.stock), np.random.default_rng(seed)
     command = Pilot(world, task, seed, cfg, policy) if policy else world.expert
-    distractions = {camera: distraction_of(task, seed, camera, cfg) for camera in cfg.camera}
+    distractions = distractions_of(task, seed, cfg.camera, cfg)
     push, steps, finished = np.zeros(world.action_dim), [], None
     world.reset(seed)
     while len(steps) < cfg.max_steps and not world.over:
@@ -504,12 +519,6 @@ def recorded_episode(task: str, seed: int, cfg: Config, policy: Tested | None) -
     return {**episode, "images": images, "further": dict(zip(cfg.camera[1:], further))}
 
 
-def distraction_of(task: str, seed: int, camera: str, cfg: Config) -> Distraction:
-    """Of an episode's camera; those beside the first shake in their own ways."""
-    own = () if camera == cfg.camera[0] else camera.encode()
-    return Distraction((seed, *task.encode(), *own), cfg.distract)
-
-
 def png_of(image: np.ndarray) -> bytes:
     return iio.imwrite("<bytes>", image, extension=".png", compress_level=3)
 
@@ -520,13 +529,13 @@ class Pilot:
     def __init__(self, world: World, task: str, seed: int, cfg: Config, policy: Tested):
         self.world, self.task, self.cfg, self.policy = world, task, cfg, policy
         self.rng = np.random.default_rng((seed, 1))
-        self.distraction = distraction_of(task, seed, policy.spec["camera"], cfg)
+        self.distractions = distractions_of(task, seed, policy.spec["views"], cfg)
         self.queue, self.steps = [], 0
 
     def __call__(self) -> np.ndarray:
         spec = self.policy.spec
         if not self.queue:
-            image = look(self.world, self.cfg, spec, self.distraction, self.steps)
+            image = look(self.world, self.cfg, spec, self.distractions, self.steps)
             noise = self.rng.standard_normal((spec["chunk"], spec["action_dim"]), np.float32)
             chunk, = self.policy.act([self.task], [(image, self.world.state, noise)])
             self.queue = list(chunk[:self.cfg.replan or None])
@@ -619,7 +628,7 @@ def predictions(cfg: Config, policy: Tested, loader) -> dict[tuple, tuple]:
         new = {text: text for text in texts if text not in policy.tokens}
         policy.tokens.update(tokenize(policy.folder, policy.spec, new) if new else {})
         noise = rng.standard_normal(shape, np.float32)
-        seen = zip(batch["frames"][:, 0].numpy(), batch["state"].numpy(), noise)
+        seen = zip(batch["frames"][:, :1].numpy(), batch["state"].numpy(), noise)
         chunks = policy.act(texts, list(seen))
         keys = zip(batch["episode"].tolist(), batch["step"].tolist())
         for key, *row in zip(keys, chunks, batch["actions"].numpy(), batch["action_mask"].numpy()):
@@ -1314,31 +1323,31 @@ def parse_arms(items: tuple[str, ...], option: str) -> dict[str, list[Path]]:
 
 
 def replayed(cfg: Config) -> Tested:
-    """The actions executed in the recorded dataset DATA/WORLD_CAMERA, --episodes a task, in place
-    of a policy's. Seeds stand in the episodes' file_path, WORLD/TASK/SEED."""
-    import tensorflow_datasets as tfds
-
-    from data_oxe import find_entry, open_builder
-    camera = (cfg.camera or find_world(cfg.world).cameras)[0]
-    name = dataset_name(cfg.world, camera)
+    """The actions executed in the recorded dataset DATA/WORLD_CAMERA, of --episodes successful
+    episodes a task, in place of a policy's. Seeds stand in file_path, WORLD/TASK/SEED."""
+    from data_oxe import find_entry, open_builder, tf       # TensorFlow: not in the workers
+    world, recorded, counts = find_world(cfg.world), {}, Counter()
+    camera = (cfg.camera or world.cameras)[0]
+    name = dataset_name(cfg.world, camera, cfg.distract)
     builder = open_builder(cfg.data, name, find_entry(cfg.data, name))
-    wanted = {"episode_metadata": {"file_path"}, "steps": {"executed_action"}}
-    dataset = builder.as_dataset(split="train", decoders=tfds.decode.PartialDecoding(wanted),
-                                 shuffle_files=False)
-    recorded, counts = {}, Counter()
-    for example in dataset:
-        path = example["episode_metadata"]["file_path"].numpy().decode()
-        *_, task, seed = path.split("/")
-        if task in cfg.tasks and counts[task] < cfg.episodes:
+    wire = {"episode_metadata/file_path": tf.io.FixedLenFeature([], tf.string, ""),
+            "episode_metadata/success": tf.io.FixedLenFeature([], tf.int64, 1),
+            "steps/executed_action": tf.io.FixedLenSequenceFeature(
+                [world.action_dim], tf.float32, allow_missing=True)}
+    files = [part.filename for part in builder.info.splits["train"].file_instructions]
+    for record in tf.data.TFRecordDataset(files):
+        path, success, actions = tf.io.parse_single_example(record, wire).values()
+        _, _, place = path.numpy().decode().rpartition(f"{cfg.world}/")
+        task, _, seed = place.partition("/")
+        if task in cfg.tasks and success.numpy() and counts[task] < cfg.episodes:
             counts[task] += 1
-            steps = example["steps"].as_numpy_iterator()
-            recorded[task, int(seed)] = np.stack([step["executed_action"] for step in steps])
+            recorded[task, int(seed)] = actions.numpy()
     if missing := [task for task in cfg.tasks if not counts[task]]:
-        fail(f"--check replay: '{cfg.data}/{name}' has no episode of '{missing[0]}', only of "
-             f"{', '.join(sorted(counts)) or 'other tasks'}")
+        fail(f"--check replay: '{cfg.data}/{name}' has no successful episode of '{missing[0]}', "
+             f"only of {', '.join(counts) or 'other tasks'}")
     checksum = hashlib.sha256(b"".join(x.tobytes() for x in recorded.values())).hexdigest()
-    return Tested("replay", f"{cfg.data}/{name}", Path(cfg.out), {"camera": camera}, checksum,
-                  told(cfg), recorded)
+    return Tested("replay", f"{cfg.data}/{name}", Path(cfg.out),
+                  {"camera": camera, "views": [camera]}, checksum, told(cfg), recorded)
 
 
 def read_manifest(folder: Path) -> dict:
@@ -1361,8 +1370,8 @@ def read_manifest(folder: Path) -> dict:
 
 
 def load_manifest(policy: str, cfg: Config) -> dict:
-    """read_manifest, with "camera" and "source_size", the side of the pictures that the policy
-    learned from. Exits with the two values where it does not fit the world or settings."""
+    """read_manifest, with "camera", "views", its N cameras, and "source_size", the side of the
+    pictures that the policy learned from. Exits with the two values where it does not fit the world or settings."""
     folder, world, prefix = Path(policy), find_world(cfg.world), dataset_name(cfg.world, "")
     spec = read_manifest(folder)
     for key in ("action_dim", "state_dim"):
@@ -1379,7 +1388,9 @@ def load_manifest(policy: str, cfg: Config) -> dict:
     if camera not in sizes:
         warn(f"policy '{folder}' has not seen camera {camera}, only {', '.join(sizes)}")
     check_horizon(spec, folder, cfg)
-    return {**spec, "camera": camera, "source_size": sizes.get(camera, sizes[first_camera])}
+    further = [key.removeprefix("observation/image_") for key in spec.get("cameras", [""])[1:]]
+    return {**spec, "camera": camera, "views": [camera, *further],
+            "source_size": sizes.get(camera, sizes[first_camera])}
 
 
 def check_horizon(spec: dict, folder: Path, cfg: Config):
@@ -1402,8 +1413,8 @@ def tokenize(folder: str, spec: dict, sentences: dict[str, str]) -> dict[str, tu
 
 
 # what an episode depends on, besides its policy
-SETTINGS = ("world", "tasks", "episodes", "camera", "max_steps", "stock", "distract", "seed",
-            "replan", "ensemble", "check")
+SETTINGS = ("world", "tasks", "sentence", "episodes", "camera", "max_steps", "stock", "distract",
+            "seed", "replan", "ensemble", "check")
 
 
 def begin(cfg: Config, tested: list[Tested]) -> dict[tuple, dict]:
@@ -1477,9 +1488,10 @@ def compare(cfg: Config):
     report(parse_arms(cfg.compare, "--compare"), cfg)
 
 
-def report(arms: dict[str, list[Path]], cfg: Config):
+def report(arms: dict[str, list[Path]], cfg: Config) -> dict:
     """Prints the success of arms side by side and writes OUT/table.json and OUT/report.html, with
-    figures and their numbers beside it. arms: {name: folders of its training seeds' evaluations}"""
+    figures and their numbers beside it. arms: {name: folders of its training seeds' evaluations};
+    -> the table"""
     found = {name: [read_evaluation(folder) for folder in folders]
              for name, folders in arms.items()}
     check_comparable(found)
@@ -1489,6 +1501,7 @@ def report(arms: dict[str, list[Path]], cfg: Config):
     write_json(out / "table.json", table)
     write_page(out, table, found, lines, arms)
     print(f"report: {out}/report.html")
+    return table
 
 
 def read_evaluation(folder: Path) -> dict:
