@@ -588,6 +588,8 @@ def open_loop(cfg: Config):
         fail(f"--world {cfg.world} measures one policy, not {' '.join(cfg.policy)}")
     folder, out = Path(cfg.policy[0]), Path(cfg.out)
     spec = read_manifest(folder)
+    if len(spec.get("cameras", ())) > 1:
+        fail(f"--world {cfg.world} shows one camera, policy '{folder}' sees {spec['cameras']}")
     name, own = cfg.world.partition("/")[2] or spec["units_of"], spec["config"]
     data = DataConfig(data=cfg.data, mix=name, val_fraction=own["val_fraction"],
                       holdout=own["holdout"], resize=own["resize"], pairs_per_episode=0)
