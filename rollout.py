@@ -1,19 +1,24 @@
 """Stage 4: run a policy, or a scripted expert, in a simulator: success rates, videos, episodes.
 
     python rollout.py --record --episodes 30 --data data                # experts -> RLDS
+    python rollout.py --record --camera corner4 topview --keep all      # two views, failures too
+    python rollout.py --record --policy runs/finetune/policy            # a policy's episodes
     python rollout.py --policy runs/finetune/policy --episodes 50       # success, a GIF a task
     torchrun --nproc_per_node=2 rollout.py --policy POLICY              # episodes divided
     python rollout.py --compare latent=runs/a none=runs/b               # a table of evaluations
+    python rollout.py --world dataset/metaworld_corner4 --policy POLICY     # errors, no simulator
 
 In: a policy/ folder as finetune.py exports it (policy.pt2, tokenizer, manifest.json `policy.v1`).
 Out: OUT/results.json and OUT/TASK.gif; OUT/episodes_RANK.jsonl holds the episodes as they end (OUT
 is a folder that all processes of torchrun see). With --record DATA/WORLD_CAMERA/VERSION, which
-data_oxe.py reads; with --record --distract 0.5 DATA/WORLD_CAMERA_distract50/VERSION.
+data_oxe.py reads; with --record --distract 0.5 DATA/WORLD_CAMERA_distract50/VERSION. A recording
+that was interrupted goes on when it is started again.
 
 Simulation runs in spawned worker processes that never import TensorFlow: its libraries and Mesa's
 renderer crash in one process.
 
-Worlds: Meta-World (arXiv 1910.10897). Letters: T time, C chunk, A action width, Ds state width.
+--world: metaworld (arXiv 1910.10897), pusht, libero/SUITE, MODULE:CLASS of one's own; see the
+classes. Letters: T time, C chunk, A action width, Ds state width.
 """
 import base64
 import contextlib
@@ -28,6 +33,7 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 import time
 import traceback
 import warnings
@@ -38,7 +44,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache, cached_property, partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal
@@ -583,6 +589,8 @@ def open_loop(cfg: Config):
         fail(f"--world {cfg.world} measures one policy, not {' '.join(cfg.policy)}")
     folder, out = Path(cfg.policy[0]), Path(cfg.out)
     spec = read_manifest(folder)
+    if len(spec.get("cameras", ())) > 1:
+        fail(f"--world {cfg.world} shows one camera, policy '{folder}' sees {spec['cameras']}")
     name, own = cfg.world.partition("/")[2] or spec["units_of"], spec["config"]
     data = DataConfig(data=cfg.data, mix=name, val_fraction=own["val_fraction"],
                       holdout=own["holdout"], resize=own["resize"], pairs_per_episode=0)
@@ -1187,6 +1195,7 @@ def next_episode(worker: Worker, crew: list[Worker], queue: dict, again: list, t
 def start_worker():
     """Runs once in each worker. A renderer that cannot start ends it, which run_jobs reports."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is the parent's
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         import mujoco
         mujoco.GLContext(64, 64).free()
@@ -1195,6 +1204,12 @@ def start_worker():
               f"{error}); rendering needs EGL or OSMesa: apt-get install libegl1 libegl-mesa0 "
               f"libgl1-mesa-dri", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def end_with_parent():
+    """A parent that is killed tells nobody."""
+    parent_process().join()
+    os._exit(1)
 
 
 def workers_here(cfg: Config, policy: Tested | None = None) -> int:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# LIBERO needs another mujoco than Meta-World. Makes it an environment of its own, LIBERO=FOLDER (2 GB;
-# the packages of .venv stand behind its own, so it runs policies, too), and tests it there. Then
+# LIBERO needs another mujoco than Meta-World. Makes it an environment of its own, LIBERO=FOLDER
+# (2 GB; the packages of .venv stand behind its own, so it runs policies, too), and tests it. Then
 #   .libero/bin/python rollout.py --world libero/spatial --policy POLICY
 set -euo pipefail
 cd "$(dirname "$0")/.."

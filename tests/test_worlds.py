@@ -1,8 +1,6 @@
 """Worlds of rollout.py and what is recorded in them."""
 import json
-import os
 import resource
-from pathlib import Path
 
 import data_oxe
 import finetune
@@ -50,7 +48,8 @@ def test_an_environment_of_one_s_own(reach, tmp_path, capsys):
     assert step["language_instruction"] == b"Move the dot to the cross"
     common = dict(world=REACH, policy=(str(reach / "ft/policy"),), max_steps=20, workers=1)
     roll(**common, episodes=3, out=str(tmp_path / "closed"))
-    assert json.loads((tmp_path / "closed/results.json").read_text())["tasks"]["all"]["episodes"] == 3
+    results = json.loads((tmp_path / "closed/results.json").read_text())
+    assert results["tasks"]["all"]["episodes"] == 3
     roll(**common, episodes=3, record=True, keep="all", data=str(tmp_path), image_size=24)
     mine = episodes_of(tmp_path / "own_world_reach_render/1.0.0")
     assert [e["seed"] for e in mine] == [0, 1, 2] and not all(e["success"] for e in mine)
@@ -146,7 +145,8 @@ def test_several_cameras_in_one_pass(data, tmp_path):
     for one, other in zip(both["steps"], alone["steps"]):
         further = one["observation"].pop("image_topview")
         assert further.shape == (64, 64, 3) and (further != one["observation"]["image"]).any()
-        assert all(np.array_equal(one["observation"][k], x) for k, x in other["observation"].items())
+        for key, x in other["observation"].items():
+            assert np.array_equal(one["observation"][key], x)
         assert np.array_equal(one["action"], other["action"])
     entry = data_oxe.find_entry(str(tmp_path), "metaworld_corner4")
     assert entry.cameras == "observation/image_topview"
