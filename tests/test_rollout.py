@@ -93,7 +93,7 @@ def test_an_evaluation_outlives_a_simulator_and_an_interruption(stages, tmp_path
     assert len({(e["task"], e["seed"]) for e in found["episodes"]}) == 60 and not found["crashed"]
     common = dict(policy=(str(tmp_path / "policy"),), out=str(tmp_path / "out"),
                   tasks=tuple(TASKS), max_steps=24, resume=True)
-    with pytest.raises(SystemExit, match="of another evaluation: replan was 0, is 4; give") as e:
+    with pytest.raises(SystemExit, match="of another evaluation: replan was 0, is 4; remove") as e:
         roll(**common, episodes=30, replan=4)
     assert "\n" not in e.value.code
     (tmp_path / "policy/SHA256SUMS").unlink()
