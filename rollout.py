@@ -302,16 +302,16 @@ def view(world: World, camera: str, size: int, distraction: Distraction, step: i
 
 
 # ------------------------------------------------------------ evaluation
-def episode(task: str, seed: int, cfg: Config, spec: dict, film: bool, recorded=None):
+def episode(task: str, seed: int, cfg: Config, spec: dict, filmed: bool, recorded=None):
     """One closed-loop episode, a generator: it yields what the policy is to see (images uint8
     (N, S, S, 3), state float32 (Ds,), noise float32 (C, A)), is sent a chunk of actions (C, A), and
-    returns the result; with `film` also its frames at 160 px, one every FILM steps and the last.
+    returns the result; if filmed also frames at 160 px, one every FILM steps and the last.
 
     spec: of load_manifest. recorded: actions (T, A) to execute instead of a policy's.
     """
     world, rng = world_at(cfg.world, task, cfg.stock), np.random.default_rng(seed)
     distractions = distractions_of(task, seed, spec["views"], cfg)
-    film = partial(view, world, spec["camera"], 160, distractions[spec["camera"]]) if film else None
+    film = partial(view, world, spec["camera"], 160, distractions[spec["camera"]])
     chunks, limit = {}, cfg.max_steps                       # chunks: {first step: actions (C, A)}
     if recorded is not None:
         chunks, limit = {0: recorded}, len(recorded)
@@ -321,11 +321,11 @@ def episode(task: str, seed: int, cfg: Config, spec: dict, film: bool, recorded=
         if recorded is None and steps % (cfg.replan or spec["chunk"]) == 0:
             noise = rng.standard_normal((spec["chunk"], spec["action_dim"]), np.float32)
             chunks[steps] = yield look(world, cfg, spec, distractions, steps), world.state, noise
-        if film and steps % FILM == 0:
+        if filmed and steps % FILM == 0:
             frames.append(film(steps))
         _, success = world.step(blended(chunks, steps, cfg.ensemble))
         steps += 1
-    if film:
+    if filmed:
         frames.append(film(steps))
     return dict(task=task, seed=seed, success=success, steps=steps, frames=frames)
 
@@ -400,8 +400,8 @@ def evaluate(cfg: Config):
     """Closed loop on seeds that recording never uses, of one policy or several on the same seeds:
     results and videos, and what report() makes of them.
 
-    This process owns the policies, and asks each for all episodes that wait; workers simulate. Under
-    torchrun, processes take every nth episode and meet when all are done.
+    This process owns the policies, and asks each for all episodes that wait; workers simulate.
+    Under torchrun, processes take every nth episode and meet when all are done.
     """
     rank, processes = meet()
     tested = [replayed(cfg)] if cfg.check == "replay" else policies(cfg)
@@ -452,7 +452,7 @@ def jobs_of(tested: list[Tested], cfg: Config) -> dict[tuple, tuple]:
     return jobs
 
 
-def told(cfg: Config) -> dict[str, str]:
+def instructions(cfg: Config) -> dict[str, str]:
     """{task: sentence for the policy}; with --check scrambled each has that of the next."""
     shift = 1 if cfg.check == "scrambled" else 0
     sentences = sentences_of(cfg)
@@ -1136,8 +1136,8 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int):
             for worker in [worker for worker in crew if worker.connection in speak]:
                 for key, result in heard(worker, crew, again, tries, workers):
                     if "crashed" in result and not ended:
-                        fail(f"no episode has ended, and '{key[1]}' at seed {key[2]} crashed twice, "
-                             f"see above")
+                        fail(f"no episode has ended, and '{key[1]}' at seed {key[2]} crashed "
+                             f"twice, see above")
                     ended += 1
                     bar.update()
                     yield key, result
@@ -1170,8 +1170,8 @@ def heard(worker: Worker, crew: list[Worker], again: list, tries: Counter, worke
              f"memory may have run out: fewer --workers than {workers}")
     crew[crew.index(worker)] = Worker()
     names = ", ".join(f"{task} at seed {seed}" for _, task, seed in worker.running) or "no episode"
-    tqdm.write(f"rollout: a simulation process died (exit code {code}) in {names}; another one goes "
-               f"on", file=sys.stderr)
+    tqdm.write(f"rollout: a simulation process died (exit code {code}) in {names}; another one "
+               f"goes on", file=sys.stderr)
     for key in worker.running:
         tries[key] += 1
         if tries[key] == 1:
@@ -1309,7 +1309,7 @@ def policies(cfg: Config) -> list[Tested]:
             sums = folder / "SHA256SUMS"
             text = sums.read_text() if sums.exists() else "\n".join(file_sums(folder))
             checksum = hashlib.sha256(text.encode()).hexdigest()[:16]
-            tested.append(Tested(arm, str(folder), out, spec, checksum, told(cfg)))
+            tested.append(Tested(arm, str(folder), out, spec, checksum, instructions(cfg)))
     return tested
 
 
@@ -1356,7 +1356,7 @@ def replayed(cfg: Config) -> Tested:
              f"only of {', '.join(counts) or 'other tasks'}")
     checksum = hashlib.sha256(b"".join(x.tobytes() for x in recorded.values())).hexdigest()[:16]
     return Tested("replay", f"{cfg.data}/{name}", Path(cfg.out),
-                  {"camera": camera, "views": [camera]}, checksum, told(cfg), recorded)
+                  {"camera": camera, "views": [camera]}, checksum, instructions(cfg), recorded)
 
 
 def read_manifest(folder: Path) -> dict:
@@ -1380,7 +1380,8 @@ def read_manifest(folder: Path) -> dict:
 
 def load_manifest(policy: str, cfg: Config) -> dict:
     """read_manifest, with "camera", "views", its N cameras, and "source_size", the side of the
-    pictures that the policy learned from. Exits with the two values where it does not fit the world or settings."""
+    pictures that it learned from. Exits with the two values where it does not fit the world or the
+    settings."""
     folder, world, prefix = Path(policy), find_world(cfg.world), dataset_name(cfg.world, "")
     spec = read_manifest(folder)
     for key in ("action_dim", "state_dim"):
@@ -1514,7 +1515,8 @@ def report(arms: dict[str, list[Path]], cfg: Config) -> dict:
 
 
 def read_evaluation(folder: Path) -> dict:
-    """results.json of a finished evaluation; settings that older ones did not have are filled in."""
+    """results.json of a finished evaluation; what older ones do not say of settings is filled
+    in."""
     path = folder / "results.json"
     if not path.is_file():
         fail(f"no finished evaluation at '{folder}': there is no '{path}'")
@@ -1628,40 +1630,46 @@ def facts_of(run: dict) -> dict:
 
 
 def lines_of(table: dict, found: dict[str, list[dict]]) -> list[str]:
-    """The table as text, a column an arm."""
-    base, arms = next(iter(table)), list(table.values())
-    one, runs = found[base][0], [arm["runs"][0] for arm in arms]
-    rows = [["success rate [95% interval]", *table]]
-    for task, column in arms[0]["tasks"].items():
-        cells = [arm["tasks"][task] for arm in arms]
-        cells = [f"{c['rate']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" for c in cells]
-        rows.append([f"{task} ({column['episodes']})", *cells])
-    if len(arms) > 1:
-        differences = [arm["tasks"]["all"]["difference"] for arm in arms[1:]]
-        rows.append([f"all, less {base}", "", *map("{:+.2f} [{:+.2f}, {:+.2f}]".format,
-                                                   *zip(*differences))])
-    rows.append(["standard error, episodes", *[f"{arm['of_episodes']:.3f}" for arm in arms]])
-    if any(len(arm["runs"]) > 1 for arm in arms):
-        each = [" ".join(map("{:.2f}".format, arm["training_seeds"])) for arm in arms]
-        spread = [arm["between_seeds"] for arm in arms]
-        rows += [["training seeds, all", *each],
-                 ["deviation between them", *["" if x is None else f"{x:.3f}" for x in spread]]]
-    if runs[0]["chunk"]:
-        rows += [["actions executed of a chunk", *[f"{r['executed']} of {r['chunk']}" for r in runs]],
-                 ["ensembling", *["none" if r["ensemble"] is None else f"{r['ensemble']:g}"
-                                  for r in runs]]]
-    if any(run["check"] for run in runs):
-        rows.append(["check", *[run["check"] or "none" for run in runs]])
-    if any(arm["crashed"] for arm in arms):
-        rows.append(["crashed, not counted", *[str(len(arm["crashed"])) for arm in arms]])
+    """The table as text, a column an arm; then what crashed, and which episodes these are."""
+    rows = rows_of(table)
     widths = [max(map(len, column)) + 2 for column in zip(*rows)]
     lines = ["".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows]
     lines += [f"crashed in {name}: {task} at seed {seed}"
               for name, arm in table.items() for task, seed in arm["crashed"]]
-    config, (first, last) = one["config"], one["seeds"]
+    one, *_ = next(iter(found.values()))
+    (first, last), config = one["seeds"], one["config"]
     distract = f", --distract {config['distract']}" if config["distract"] else ""
     return [*lines, f"environment seeds {first} to {last}, at most {config['max_steps']} steps"
                     f"{distract}"]
+
+
+def rows_of(table: dict) -> list[list[str]]:
+    arms = list(table.values())
+    tasks, runs = arms[0]["tasks"], [arm["runs"][0] for arm in arms]
+    rows = [["success rate [95% interval]", *table]]
+    for task in tasks:
+        cells = ["{rate:.2f} [{low:.2f}, {high:.2f}]".format(**arm["tasks"][task]) for arm in arms]
+        rows.append([f"{task} ({tasks[task]['episodes']})", *cells])
+    if len(arms) > 1:
+        less = [arm["tasks"]["all"]["difference"] for arm in arms[1:]]
+        cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference) for difference in less]
+        rows.append([f"all, less {next(iter(table))}", "", *cells])
+    rows.append(["standard error, episodes", *[f"{arm['of_episodes']:.3f}" for arm in arms]])
+    if any(len(arm["runs"]) > 1 for arm in arms):
+        each = [" ".join(f"{rate:.2f}" for rate in arm["training_seeds"]) for arm in arms]
+        spread = [arm["between_seeds"] for arm in arms]
+        rows.append(["training seeds, all", *each])
+        rows.append(["deviation between them", *["" if x is None else f"{x:.3f}" for x in spread]])
+    if any(run["chunk"] for run in runs):
+        decay = ["none" if run["ensemble"] is None else f"{run['ensemble']:g}" for run in runs]
+        rows.append(["actions executed of a chunk",
+                     *[f"{run['executed']} of {run['chunk']}" for run in runs]])
+        rows.append(["ensembling", *decay])
+    if any(run["check"] for run in runs):
+        rows.append(["check", *[run["check"] or "none" for run in runs]])
+    if any(arm["crashed"] for arm in arms):
+        rows.append(["crashed, not counted", *[str(len(arm["crashed"])) for arm in arms]])
+    return rows
 
 
 def write_page(out: Path, table: dict, found: dict, lines: list[str], arms: dict):

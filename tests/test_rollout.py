@@ -154,7 +154,7 @@ def test_overlapping_chunks_are_averaged_as_in_act():
 def test_checks_show_other_sentences_and_black_pictures():
     sentences = rollout.METAWORLD_SENTENCES
     cfg = rollout.Config(tasks=tuple(TASKS), check="scrambled")
-    assert rollout.told(cfg) == {a: sentences[b] for a, b in zip(TASKS, TASKS[::-1])}
+    assert rollout.instructions(cfg) == {a: sentences[b] for a, b in zip(TASKS, TASKS[::-1])}
 
     class World:
         cameras = "left", "right"
