@@ -5,12 +5,18 @@
     python rollout.py --record --policy runs/finetune/policy            # a policy's episodes
     python rollout.py --policy runs/finetune/policy --episodes 50       # success, a GIF a task
     torchrun --nproc_per_node=2 rollout.py --policy POLICY              # episodes divided
-    python rollout.py --compare latent=runs/a none=runs/b               # a table of evaluations
+    python rollout.py --policy learned=runs/a0,runs/a1 none=runs/b      # arms on the same seeds
+    python rollout.py --compare learned=runs/r0 none=runs/r1            # of finished evaluations
+    python rollout.py --policy POLICY --replan 1 --ensemble 0.01        # as ACT acts
+    python rollout.py --policy POLICY --check scrambled                 # or blind: it must fail
+    python rollout.py --check replay --data data                        # must succeed
     python rollout.py --world dataset/metaworld_corner4 --policy POLICY     # errors, no simulator
 
 In: a policy/ folder as finetune.py exports it (policy.pt2, tokenizer, manifest.json `policy.v1`).
-Out: OUT/results.json and OUT/TASK.gif; OUT/episodes_RANK.jsonl holds the episodes as they end (OUT
-is a folder that all processes of torchrun see). With --record DATA/WORLD_CAMERA/VERSION, which
+Out: OUT/report.html with all in it, table.json and the figures with their numbers; results.json and
+TASK.gif of one policy in OUT, of several in OUT/NAME, or of its nth training seed OUT/NAME_n.
+OUT/episodes_RANK.jsonl holds the episodes as they end, which --resume keeps (OUT is a folder that
+all processes of torchrun see). With --record DATA/WORLD_CAMERA/VERSION, which
 data_oxe.py reads; with --record --distract 0.5 DATA/WORLD_CAMERA_distract50/VERSION. A recording
 that was interrupted goes on when it is started again.
 
@@ -82,9 +88,9 @@ class Config:
     policy: tuple[str, ...] = ()            # folders, or NAME=FOLDER[,FOLDER...]; none: stage 3's
     out: str = "runs/rollout"               # where results and videos go
     replan: int = 0                         # actions executed of each predicted chunk; 0: all
-    ensemble: float | None = None           # mean of chunks that overlap: decay of their weights
-    check: Literal["", "scrambled", "blind", "replay"] = ""     # sentences, pictures, no policy
-    resume: bool = False                    # go on with an interrupted evaluation in OUT
+    ensemble: float | None = None           # averages overlapping chunks; how their weights decay
+    check: Literal["", "scrambled", "blind", "replay"] = ""     # told wrongly, black, recorded
+    resume: bool = False                    # keep the episodes of an interrupted evaluation in OUT
     compare: tuple[str, ...] = ()           # finished evaluations NAME=FOLDER[,FOLDER...]
 
     # recording
@@ -403,6 +409,7 @@ def evaluate(cfg: Config):
     jobs = {key: job for key, job in jobs_of(tested, cfg).items() if key not in done}
     mine = dict(list(jobs.items())[rank::processes])
     with (out / f"episodes_{rank}.jsonl").open("a") as log:
+        log.write("\n" if done else "")                     # the last line may be torn
         for key, result in run_episodes(mine, partial(ask, tested), workers_here(cfg)):
             one = tested[key[0]]
             if frames := result.pop("frames", None):
@@ -1301,7 +1308,7 @@ def policies(cfg: Config) -> list[Tested]:
             spec = load_manifest(str(folder), cfg)
             sums = folder / "SHA256SUMS"
             text = sums.read_text() if sums.exists() else "\n".join(file_sums(folder))
-            checksum = hashlib.sha256(text.encode()).hexdigest()
+            checksum = hashlib.sha256(text.encode()).hexdigest()[:16]
             tested.append(Tested(arm, str(folder), out, spec, checksum, told(cfg)))
     return tested
 
@@ -1347,7 +1354,7 @@ def replayed(cfg: Config) -> Tested:
     if missing := [task for task in cfg.tasks if not counts[task]]:
         fail(f"--check replay: '{cfg.data}/{name}' has no successful episode of '{missing[0]}', "
              f"only of {', '.join(counts) or 'other tasks'}")
-    checksum = hashlib.sha256(b"".join(x.tobytes() for x in recorded.values())).hexdigest()
+    checksum = hashlib.sha256(b"".join(x.tobytes() for x in recorded.values())).hexdigest()[:16]
     return Tested("replay", f"{cfg.data}/{name}", Path(cfg.out),
                   {"camera": camera, "views": [camera]}, checksum, told(cfg), recorded)
 
@@ -1432,8 +1439,8 @@ def begin(cfg: Config, tested: list[Tested]) -> dict[tuple, dict]:
         differ = [f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in {**was, **now}
                   if was.get(key) != now.get(key)]
         if differ:
-            fail(f"--resume: '{out}' is of another evaluation: {'; '.join(differ)}; give another "
-                 f"--out, or leave --resume out to start over")
+            fail(f"--resume: '{out}' is of another evaluation: {'; '.join(differ)}; remove it, or "
+                 f"give another --out")
         done = read_episodes(out)
     barrier()                                               # all have read
     if int(os.environ.get("RANK", 0)) == 0:

@@ -1,4 +1,7 @@
 """An environment of one's own, as rollout.py's --world own_world:Reach takes it."""
+import os
+from pathlib import Path
+
 import gymnasium
 import numpy as np
 
@@ -45,3 +48,14 @@ class Wordless(Reach):
 
 class Discrete(Reach):
     action_space = gymnasium.spaces.Discrete(3)
+
+
+class Fragile(Reach):
+    """Takes its process down at one seed, each time, and at another the first time."""
+
+    def reset(self, seed=None, options=None):
+        mark = Path(os.environ["FRAGILE"])
+        if seed == 3 or seed == 6 and not mark.exists():
+            mark.touch()
+            os._exit(9)
+        return super().reset(seed=seed)
