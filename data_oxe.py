@@ -1531,12 +1531,13 @@ class DatasetWriter:
     for find_entry().
 
     Everything goes to DATA/NAME/.VERSION.partial and is renamed on a clean exit, so a dataset is
-    whole or absent. Whatever ends it before, the episodes written so far stay, and a writer goes on
-    after them: `kept` is the metadata of each, a dict. settings: all that the episodes depend on,
-    for JSON; exits where those that are there were written with others.
+    whole or absent. With `settings`, all that the episodes depend on, for JSON, those written so
+    far stay whatever ends it, and a writer goes on after them: `kept` is the metadata of each, a
+    dict. Exits where they were written with other settings.
     """
 
-    def __init__(self, data: str, name: str, entry: Entry, features: dict, settings: dict):
+    def __init__(self, data: str, name: str, entry: Entry, features: dict,
+                 settings: dict | None = None):
         if "://" in data:
             fail(f"--data '{data}': datasets are written to a local folder; copy them to the "
                  f"bucket afterwards")
@@ -1546,8 +1547,12 @@ class DatasetWriter:
         self.partial = self.final.with_name(f".{self.final.name}.partial")
         if self.final.exists():
             fail(f"'{self.final}' exists already; remove it or write to another --data folder")
+        self.resumes = settings is not None
+        if not self.resumes:
+            shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True, exist_ok=True)
-        self.begin(settings)
+        if self.resumes:
+            self.begin(settings)
         self.shard, self.lengths, self.kept = None, [], []      # open file, episodes of each
         self.find_episodes()
         if self.kept:
@@ -1613,7 +1618,7 @@ class DatasetWriter:
                 self.finish()
             except (OSError, tf.errors.OpError) as error:
                 self.full(error)
-        elif written:
+        elif written and self.resumes:
             print(f"data_oxe: {written} episodes stay in '{self.partial}'; the same command goes "
                   f"on after them", file=sys.stderr)
         else:
@@ -1657,7 +1662,7 @@ class EpisodeWriter(DatasetWriter):
                  "is_first": np.bool_, "is_last": np.bool_, "is_terminal": np.bool_}
         features = {"episode_metadata": metadata, "steps": f.Dataset(steps)}
         keys = " ".join(f"observation/image_{camera}" for camera in cameras)
-        super().__init__(data, name, replace(entry, cameras=keys), features, settings or {})
+        super().__init__(data, name, replace(entry, cameras=keys), features, settings)
 
     def add(self, images, state, action, executed_action, reward, instruction: str, *, task: str,
             seed: int, success: bool, file_path: str, further: dict | None = None):

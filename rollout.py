@@ -1254,18 +1254,22 @@ def barrier():
 
 @cache
 def policy_at(folder: str) -> tuple:
-    """policy.pt2 of a folder, loaded once, and the device it is on: this process's GPU, or the
-    CPU."""
+    """policy.pt2 of a folder on this process's device, and the device; loaded once."""
     import torch
     from torch.export.passes import move_to_device_pass
-    path = Path(folder) / "policy.pt2"
-    device, program = "cpu", open_program(path)[0]
-    if THREADS is None and path.stat().st_size > 1e8:       # small ones: simulators need the cores
-        torch.set_num_threads(cores_here())
-    if torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    path, device = Path(folder) / "policy.pt2", device_here()
+    program = open_program(path)[0]
+    if device != "cpu":
         program = move_to_device_pass(program, device)
+    elif THREADS is None and path.stat().st_size > 1e8:     # small ones: simulators need the cores
+        torch.set_num_threads(cores_here())
     return program.module(), device
+
+
+def device_here() -> str:
+    """The GPU of this process's rank, or the CPU."""
+    import torch
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 # ------------------------------------------------------------ policy/, results

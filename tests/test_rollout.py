@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rollout
+import torch
 from common import TASKS, run, start
 
 
@@ -140,6 +141,18 @@ def test_a_batch_is_as_its_episodes_one_by_one(stages, tmp_path):
     assert together.shape == (5, 8, 4)
     np.testing.assert_allclose(together, alone, atol=1e-4)
     assert np.abs(together[0] - together[1]).max() > 1e-2
+
+
+def test_a_policy_moves_to_another_device(stages, monkeypatch):
+    """As to a GPU, where all evaluations on one begin."""
+    monkeypatch.setattr(rollout, "device_here", lambda: "meta")
+    monkeypatch.setattr(rollout, "policy_at", rollout.policy_at.__wrapped__)
+    policy, device = rollout.policy_at(str(stages / "ft/policy"))
+    with torch.device("meta"):
+        tokens = torch.zeros(3, 32, dtype=torch.int64)
+        chunks = policy(torch.zeros(3, 64, 64, 3, dtype=torch.uint8), torch.zeros(3, 4), tokens,
+                        tokens, torch.zeros(3, 8, 4))
+    assert device == chunks.device.type == "meta" and chunks.shape == (3, 8, 4)
 
 
 def test_overlapping_chunks_are_averaged_as_in_act():
