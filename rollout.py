@@ -406,7 +406,8 @@ def evaluate(cfg: Config):
     rank, processes = meet()
     tested = [replayed(cfg)] if cfg.check == "replay" else policies(cfg)
     done, out = begin(cfg, tested), Path(cfg.out)
-    jobs = {key: job for key, job in jobs_of(tested, cfg).items() if key not in done}
+    jobs = {key: job for key, job in jobs_of(tested, cfg).items()
+            if "success" not in done.get(key, {})}
     mine = dict(list(jobs.items())[rank::processes])
     with (out / f"episodes_{rank}.jsonl").open("a") as log:
         log.write("\n" if done else "")                     # the last line may be torn
@@ -1437,7 +1438,7 @@ def begin(cfg: Config, tested: list[Tested]) -> dict[tuple, dict]:
     out, done = Path(cfg.out), {}
     path = out / "evaluation.json"
     now = {name: getattr(cfg, name) for name in SETTINGS}
-    now |= {f"policy {one.out.relative_to(out)} ({one.arm})": one.checksum for one in tested}
+    now |= {f"policy {i}, {one.arm}": one.checksum for i, one in enumerate(tested)}
     now = json.loads(json.dumps(now))
     if cfg.resume and path.exists():
         was = json.loads(path.read_text())
@@ -1455,14 +1456,15 @@ def begin(cfg: Config, tested: list[Tested]) -> dict[tuple, dict]:
         write_json(path, now)
         for one in tested:
             one.out.mkdir(parents=True, exist_ok=True)
+        if done:
+            print(f"{len(done)} episodes are in '{out}' already")
     barrier()
-    if done:
-        print(f"{len(done)} episodes are in '{out}' already")
     return done
 
 
 def read_episodes(out: Path) -> dict[tuple, dict]:
-    """{(number of the policy, task, seed): result} of all processes' logs."""
+    """{(number of the policy, task, seed): result} of all processes' logs; what crashed stands
+    until it has ended."""
     results = {}
     for path in sorted(out.glob("episodes_*.jsonl")):
         for line in path.read_text().splitlines():
@@ -1470,7 +1472,9 @@ def read_episodes(out: Path) -> dict[tuple, dict]:
                 result = json.loads(line)
             except ValueError:                              # torn when the machine went down
                 continue
-            results[result.pop("policy"), result["task"], result["seed"]] = result
+            key = result.pop("policy"), result["task"], result["seed"]
+            if key not in results or "success" in result:
+                results[key] = result
     return results
 
 
@@ -1611,12 +1615,12 @@ def bootstrap(success: dict[str, np.ndarray], draws: int = 1000) -> dict[str, np
     return {name: np.array(rows) for name, rows in drawn.items()}
 
 
-def error_of_episodes(success: np.ndarray) -> float:
+def error_of_episodes(success: np.ndarray) -> float | None:
     """Standard error of the rate over all (R, T, E), had other episodes been drawn for the same
-    policies."""
+    policies; one episode a task does not tell."""
     mean = success.mean(0)                                  # (T, E)
     if mean.shape[1] < 2:
-        return math.nan
+        return None
     return float(np.sqrt(np.nanmean(np.nanvar(mean, 1, ddof=1)) / np.isfinite(mean).sum()))
 
 
@@ -1658,7 +1662,8 @@ def rows_of(table: dict) -> list[list[str]]:
         less = [arm["tasks"]["all"]["difference"] for arm in arms[1:]]
         cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference) for difference in less]
         rows.append([f"all, less {next(iter(table))}", "", *cells])
-    rows.append(["standard error, episodes", *[f"{arm['of_episodes']:.3f}" for arm in arms]])
+    errors = [arm["of_episodes"] for arm in arms]
+    rows.append(["standard error, episodes", *["" if x is None else f"{x:.3f}" for x in errors]])
     if any(len(arm["runs"]) > 1 for arm in arms):
         each = [" ".join(f"{rate:.2f}" for rate in arm["training_seeds"]) for arm in arms]
         spread = [arm["between_seeds"] for arm in arms]
