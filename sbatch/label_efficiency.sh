@@ -94,7 +94,7 @@ unit() { # unit PERCENT TASKSET ARM SEED: all of one arm and one pretraining see
       --eval-every $((steps + 1)) --episodes-per-task "$labelled"
     once "$run/rollout/results.json" python rollout.py --policy "$run/policy" --workers 1 \
       --out "$run/rollout" --distract "$distract" --episodes $ROLLOUTS --max-steps $MAX_STEPS \
-      --tasks ${TASKS[$taskset]}
+      --resume --tasks ${TASKS[$taskset]}
   done; done; done
 }
 

@@ -8,9 +8,9 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# Stage 4, success in closed loop; the GPU renders. Submit from the repository root,
-# where .venv is; options of rollout.py replace those below:
-#   sbatch sbatch/rollout.sh --policy runs/finetune_1/policy --out runs/rollout_1
+# Stage 4, success in closed loop; the GPU renders and runs the policies. A job that comes back goes
+# on. Submit from the repository root, where .venv is; options of rollout.py replace those below:
+#   sbatch sbatch/rollout.sh --policy learned=runs/a0,runs/a1 none=runs/b --out runs/rollout_1
 set -euo pipefail
 source sbatch/slurm.sh
-launch rollout.py --episodes 50 "$@"
+launch rollout.py --resume --episodes 50 "$@"

@@ -65,14 +65,26 @@ def expert_pictures(task, seed, steps):
     """In a simulation process: pictures and backgrounds at these steps of an expert's episode, and
     one more of the last step, viewed at level 0."""
     import rollout
-    world, pictures = rollout.world_at("metaworld", task, "corner4", False), []
+    world, pictures = rollout.world_at("metaworld", task, False), []
     world.reset(seed)
     for step in range(max(steps) + 1):
         if step in steps:
-            pictures.append((world.image(64), world.background(64)))
-            last = rollout.view(world, 64, rollout.Distraction((seed,), 0.0), step)
+            pictures.append((world.image(64, "corner4"), world.background(64, "corner4")))
+            last = rollout.view(world, "corner4", 64, rollout.Distraction((seed,), 0.0), step)
         world.step(world.expert())
     return *map(np.stack, zip(*pictures)), last
+
+
+def look_at_libero(name, task, seed):
+    """In a simulation process: state and picture, and both after five steps up."""
+    import rollout
+    world, found = rollout.world_at(name, task, False), []
+    world.reset(seed)
+    for steps in (0, 5):
+        for _ in range(steps):
+            world.step(np.array([0, 0, 1, 0, 0, 0, -1.0]))
+        found += [world.state, world.image(64, "agentview")]
+    return found
 
 
 def stage_args(stage, data, stages):
