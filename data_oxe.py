@@ -52,6 +52,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")             # unused here, and greets on start
 os.environ.setdefault("GCS_READ_CACHE_BLOCK_SIZE_MB", "4")      # 64 MB by default, per open file
 import contextlib
+import importlib
 import io
 import itertools
 import json
@@ -68,11 +69,26 @@ from queue import Empty, Full, Queue
 from typing import Literal
 
 import numpy as np
-import tensorflow as tf
-import tensorflow_datasets as tfds
 
-tf.config.set_visible_devices([], "GPU")                        # the accelerator belongs to torch
-tf.get_logger().setLevel("ERROR")                             # warns of more than four Loaders
+class Later:
+    """A module that is imported at its first use: who reads no data, as a policy, needs neither."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(loaded(self.name), attribute)
+
+
+@cache
+def loaded(name: str):
+    import tensorflow
+    tensorflow.config.set_visible_devices([], "GPU")            # the accelerator belongs to torch
+    tensorflow.get_logger().setLevel("ERROR")                   # warns of more than four Loaders
+    return importlib.import_module(name)
+
+
+tf, tfds = Later("tensorflow"), Later("tensorflow_datasets")
 
 
 @dataclass
@@ -120,6 +136,7 @@ class Entry:
     executed: str = ""          # as action, for action_sum, where it is not the labelled action
     success: str = ""           # flat key of a bool, where some episodes are failures
     bgr: bool = False           # pictures are stored with red and blue exchanged
+    cameras: str = ""           # keys of further cameras, as the wrist's; '': there are none
 
 
 # What keeps an episode from use. Faults are named one by one and bounded by max_bad; the others are
@@ -716,7 +733,11 @@ def kinds_of(spec: str) -> str:
 
 # ------------------------------------------------------------ files to episodes
 FOREVER = 1 << 40
-no_autograph = tf.autograph.experimental.do_not_convert         # tracing 29 datasets takes a third
+
+
+def no_autograph(function):
+    """Tracing 29 datasets takes a third."""
+    return tf.autograph.experimental.do_not_convert(function)
 
 
 def stateless_seed(seed: int, purpose, counter):
@@ -767,6 +788,8 @@ class Records:
         self.count, self.base = tf.constant(count), tf.constant(base)
         self.groups = tf.constant(-(-count // open_files))      # of an epoch
         self.epoch = [int(self.sizes[b:b + n].sum()) for b, n in zip(base, count)]  # episodes
+        numbers = [tf.TensorSpec([], tf.int64)] * 4
+        self.stream = tf.function(self.stream_of, input_signature=numbers, autograph=False)
 
     def start_at(self, dataset: int, draw: int):
         """(draw, (episode number, record)) of one dataset, from its draw-th episode on."""
@@ -787,8 +810,7 @@ class Records:
         rows = tf.range(self.count[dataset])
         return self.base[dataset] + tf.random.experimental.stateless_shuffle(rows, seed)
 
-    @tf.function(input_signature=[tf.TensorSpec([], tf.int64)] * 4, autograph=False)
-    def stream(self, dataset, group, skip, draw):
+    def stream_of(self, dataset, group, skip, draw):
         groups = tf.data.Dataset.range(group, FOREVER)
         records = groups.flat_map(no_autograph(lambda number: self.group(dataset, number)))
         return records.skip(skip).enumerate(draw)
@@ -911,7 +933,7 @@ class OutOfReach(Exception):
     """A file that cannot be read now: network, permission, credentials."""
 
 
-def first_line(error: tf.errors.OpError) -> str:
+def first_line(error: "tf.errors.OpError") -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
@@ -1958,7 +1980,8 @@ def from_lerobot(source: str, name: str, data: str = "data", cameras: tuple[str,
                   state=f"observation/state:{widths['state']}" if widths["state"] else "",
                   instruction="language_instruction" if any(recorded.tasks.values()) else "",
                   offset=max(1, round(hz / 2)),
-                  success="episode_metadata/success" if recorded.tells_success else "")
+                  success="episode_metadata/success" if recorded.tells_success else "",
+                  cameras=" ".join(f"observation/{image}" for image in list(keys)[1:]))
     features = features_of_lerobot(list(keys), widths, size, recorded.tells_success)
     options = dict(source=source, cameras=list(keys.values()), size=size, stride=stride,
                    kinds=kinds)

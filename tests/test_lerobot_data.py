@@ -131,6 +131,7 @@ def test_every_row_comes_with_its_pictures(write, tmp_path):
                 assert picture.shape == (32, 32, 3)
                 assert np.abs(picture.astype(int) - grey(c, e, t)).max() < 4, (e, t, image)
     cfg = data_oxe.DataConfig(data=str(tmp_path), mix="robot", val_fraction=0)
+    assert data_oxe.find_entry(str(tmp_path), "robot").cameras == "observation/image_wrist_left"
     batch = next(iter(data_oxe.Loader(cfg, "train", 4, 32, chunk=2)))
     assert not batch["instruction"].count("")                   # a policy's data, without failures
     assert set(batch["episode"].tolist()) <= {n for n, e in enumerate(episodes.values())
