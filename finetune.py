@@ -9,10 +9,10 @@ pretraining, and from video whose actions are decoded.
     python finetune.py --resume runs/finetune/last.pt                   # go on, or --export-only
 
 In: RLDS episodes with actions through data_oxe.py, a stage2/ folder of vla.py, and laq.pt2.
-Out, in OUT: policy/ (policy.pt2, tokenizer files, manifest.json `policy.v1`, weights.safetensors),
-last.pt, metrics.jsonl. policy.pt2 maps (images uint8 (B, H, W, 3), state float32 (B, Ds), ids,
-mask int64 (B, L), noise float32 (B, C, A)) to actions float32 (B, C, A) in units of the
-mix's first dataset; it runs with torch alone.
+Out, in OUT: policy/ (policy.pt2, tokenizer files, manifest.json `policy.v1`, weights.safetensors,
+and lerobot/, a plugin of LeRobot), last.pt, metrics.jsonl. policy.pt2 maps (images uint8
+(B, H, W, 3), state float32 (B, Ds), ids, mask int64 (B, L), noise float32 (B, C, A)) to actions
+float32 (B, C, A) in units of the mix's first dataset; it runs with torch alone.
 
 Gradient steps on few labels forget what the video taught. So the labelled episodes first teach a
 small decoder, in closed form: a frame pair's latent, with what the trunk made of both frames and
@@ -28,6 +28,7 @@ import base64
 import contextlib
 import copy
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -41,8 +42,9 @@ import sys
 import time
 import traceback
 import zipfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -52,7 +54,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as safetensors_load, load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
@@ -936,6 +938,10 @@ def load_stage2(cfg: Config, manifest: dict) -> tuple[Trunk, object]:
              f"({type(error).__name__}: {error}); write it again: vla.py --resume --export-only")
     if readout.shape != trunk.readout.shape:
         fail(f"--init '{folder}': readout is {tuple(readout.shape)}, trunk is {trunk.width} wide")
+    words = trunk.vlm.get_input_embeddings().num_embeddings
+    if len(tokenizer) > words:
+        fail(f"--init '{folder}': its tokenizer has {len(tokenizer)} tokens, its trunk knows "
+             f"{words}")
     trunk.readout.data.copy_(readout)
     return trunk, tokenizer
 
@@ -1265,6 +1271,7 @@ def export(model: Policy, cfg: Config, step: int, tokenizer, loader, pretraining
                 "pretraining": pretraining, "step": step, "config": asdict(cfg),
                 "torch": torch.__version__}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    export_to_lerobot(folder, policy, cfg, tokenizer, loader)
     publish(folder, Path(cfg.out) / "policy")
 
 
@@ -1926,6 +1933,309 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
         (x @ x)[0, 0].item()
         best = max(best, 2 * n ** 3 / (time.perf_counter() - began))
     return best
+
+
+# ------------------------------------------------------------ a policy of LeRobot
+# policy/lerobot is a package that `pip install` takes and LeRobot's commands find: this file, its
+# data_oxe.py, and pretrained_model/, in the form in which lerobot-train writes its checkpoints.
+LEROBOT_TYPE, STATE, ACTION = "hlrp_smolvla_shared", "observation.state", "action"
+PLUGIN = """[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "lerobot_policy_nanolapa"
+version = "1.0.0"
+requires-python = ">=3.12"
+dependencies = ["lerobot>=0.6.1,<0.7", "transformers>=5.4", "tyro"]
+
+[tool.hatch.build.targets.wheel]
+only-include = ["lerobot_policy_nanolapa.py", "data_oxe.py"]
+"""
+AS_IT_IS = {"VISUAL": "IDENTITY", "STATE": "IDENTITY", "ACTION": "IDENTITY"}    # Policy normalizes
+
+
+def export_to_lerobot(policy_folder: Path, policy: Policy, cfg: Config, tokenizer, loader):
+    """Writes POLICY_FOLDER/lerobot; needs no LeRobot."""
+    folder, side = policy_folder / "lerobot", policy.trunk.image_size
+    model = folder / "pretrained_model"
+    model.mkdir(parents=True)
+    (folder / "pyproject.toml").write_text(PLUGIN)
+    shutil.copyfile(__file__, folder / "lerobot_policy_nanolapa.py")
+    shutil.copyfile(data_oxe.__file__, folder / "data_oxe.py")
+    os.link(policy_folder / "weights.safetensors", model / "model.safetensors")
+    save_trunk(policy.trunk, tokenizer, model)
+    further = loader.plans[0].entry.cameras.split()[:getattr(cfg, "cameras", 1) - 1]
+    cameras = ["observation.image", *(key.replace("/", ".") for key in further)]
+    inputs = {camera: {"type": "VISUAL", "shape": [3, side, side]} for camera in cameras}
+    if loader.state_dim:
+        inputs[STATE] = {"type": "STATE", "shape": [loader.state_dim]}
+    outputs = {ACTION: {"type": "ACTION", "shape": [loader.action_dim]}}
+    config = {"type": LEROBOT_TYPE, "settings": asdict(cfg), "cameras": cameras,
+              "input_features": inputs, "output_features": outputs,
+              "normalization_mapping": AS_IT_IS, "device": "cpu", "push_to_hub": False}
+    asis = {"eps": 1e-8, "features": {}, "norm_map": AS_IT_IS}
+    on_cpu = {"device": "cpu", "float_dtype": None}
+    before = {"rename_observations_processor": {"rename_map": {}}, "to_batch_processor": {},
+              "device_processor": on_cpu, "normalizer_processor": asis}
+    after = {"unnormalizer_processor": asis, "device_processor": on_cpu}
+    files = {"config": config}
+    for name, steps in {"policy_preprocessor": before, "policy_postprocessor": after}.items():
+        steps = [{"registry_name": step, "config": values} for step, values in steps.items()]
+        files[name] = {"name": name, "steps": steps}
+    for name, content in files.items():
+        (model / f"{name}.json").write_text(json.dumps(content, indent=1))
+
+
+def save_trunk(trunk: Trunk, tokenizer, folder: Path):
+    """FOLDER/trunk: what tells the trunk's shape and reads its text, without weights."""
+    trunk.vlm.config.save_pretrained(folder / "trunk")
+    tokenizer.save_pretrained(folder / "trunk")
+    chat = {name: getattr(trunk, name).tolist() for name in ("before", "between", "after")}
+    (folder / "trunk/chat.json").write_text(json.dumps(chat))
+
+
+def empty_trunk(folder: Path) -> tuple[Trunk, object]:
+    """The trunk that save_trunk described, whose weights are still to come; its tokenizer."""
+    kind = json.loads((folder / "trunk/config.json").read_text())["model_type"]
+    config, vlm, trunk = {"smolvlm": (SmolVLMConfig, SmolVLMModel, Trunk),
+                          "dual": (DualConfig, DualVLM, DualTrunk)}[kind]
+    vlm = vlm(config.from_pretrained(folder / "trunk"))
+    chat = json.loads((folder / "trunk/chat.json").read_text())
+    return trunk(vlm, **chat), pretrained("tokenizer", AutoTokenizer, str(folder / "trunk"))
+
+
+lerobot = importlib.util.find_spec("lerobot")
+if lerobot and lerobot.origin:                              # not just a folder of that name
+    from huggingface_hub import snapshot_download
+    from lerobot.configs import NormalizationMode
+    from lerobot.configs import PreTrainedConfig as LeRobotConfig
+    from lerobot.optim import AdamWConfig, LRSchedulerConfig
+    from lerobot.policies.pretrained import PreTrainedPolicy
+    from lerobot.processor import make_default_policy_processor_steps
+    from lerobot.processor import make_policy_processor_pipelines
+
+    @LRSchedulerConfig.register_subclass(LEROBOT_TYPE)
+    @dataclass
+    class NanoLapaSchedule(LRSchedulerConfig):
+        """lr_at's, over the run's steps."""
+        settings: dict = field(default_factory=dict)
+        num_warmup_steps: int = 0
+
+        def build(self, optimizer, num_training_steps: int):
+            cfg = Config(**self.settings | {"steps": num_training_steps})
+            return torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: lr_at(cfg, step) / cfg.lr)
+
+    @LeRobotConfig.register_subclass(LEROBOT_TYPE)
+    @dataclass
+    class NanoLapaConfig(LeRobotConfig):
+        stage2: str = ""            # of vla.py, to train from; 'none': from settings' trunk
+        settings: dict = field(default_factory=dict)        # of Config, that are not its defaults
+        cameras: list[str] = field(default_factory=list)    # it sees; none: the dataset's only one
+        n_action_steps: int = 0     # of a chunk, before the next is predicted; 0: all
+        normalization_mapping: dict[str, NormalizationMode] = field(
+            default_factory=lambda: dict.fromkeys(AS_IT_IS, NormalizationMode.IDENTITY))
+
+        def stage(self) -> tuple[Config, dict]:
+            """finetune.py's settings, and stage 2's manifest where it trains from one."""
+            if unknown := set(self.settings) - {f.name for f in fields(Config)}:
+                fail(f"--policy.settings has {sorted(unknown)[0]!r}, which the installed "
+                     f"lerobot_policy_nanolapa does not know")
+            cfg = Config(**self.settings)
+            if self.pretrained_path:
+                return cfg, {}
+            if not self.stage2:
+                fail("--policy.stage2 must be a folder of vla.py, or 'none': without either the "
+                     "trunk would be random")
+            cfg.init = self.stage2
+            pretraining = read_stage2(cfg)
+            check(cfg, pretraining)
+            return cfg, pretraining
+
+        def validate_features(self):
+            """Finds the only camera; exits where there is a choice, or none."""
+            there = list(self.image_features)
+            if not self.cameras and len(there) == 1:
+                self.cameras = there
+            missing = [name for name in self.cameras if name not in there]
+            if missing or not self.cameras:
+                fail(f"--policy.cameras {self.cameras} must name what the policy sees of {there}")
+            if not self.action_feature:
+                fail(f"there is no '{ACTION}' to learn; the features are "
+                     f"{[*self.input_features, *self.output_features]}")
+            self.input_features = {name: feature for name, feature in self.input_features.items()
+                                   if name in (*self.cameras, STATE)}
+
+        def get_optimizer_preset(self) -> AdamWConfig:
+            cfg, _ = self.stage()
+            return AdamWConfig(lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay,
+                               grad_clip_norm=cfg.grad_clip)
+
+        def get_scheduler_preset(self) -> NanoLapaSchedule:
+            cfg, _ = self.stage()
+            return NanoLapaSchedule(settings=asdict(cfg), num_warmup_steps=cfg.warmup_steps)
+
+        @property
+        def action_delta_indices(self) -> list[int]:
+            return list(range(Config(**self.settings).chunk))
+
+        observation_delta_indices = reward_delta_indices = None
+
+    class NanoLapaPolicy(PreTrainedPolicy):
+        """Policy behind LeRobot's interface. Batches hold a float picture of 0..1 (B, 3, H, W) a
+        camera, observation.state (B, Ds), task (list of B str), and action (B, C, A) to learn.
+        Raises ValueError where one lacks something or has another width."""
+
+        config_class, name = NanoLapaConfig, LEROBOT_TYPE
+
+        def __init__(self, config: NanoLapaConfig, dataset_stats: dict | None = None, **others):
+            super().__init__(config)
+            config.validate_features()
+            cfg, pretraining = config.stage()
+            if config.pretrained_path:
+                trunk, tokenizer = empty_trunk(Path(config.pretrained_path))
+                stats = empty_statistics(Path(config.pretrained_path) / "model.safetensors")
+            else:
+                trunk, tokenizer = load_stage2(cfg, pretraining)
+                stats = statistics_of(dataset_stats or {}, config, cfg.normalize)
+            config.settings = asdict(cfg)
+            self.policy, self.tokens = Policy(cfg, trunk, stats), Tokens(tokenizer, cfg.text_len)
+            self.widths = {what: stats[f"{what}_offset"].shape[1] for what in ("action", "state")}
+            check_features(config, cfg, self.widths)
+            self.reset()
+
+        @classmethod
+        def from_pretrained(cls, name, *, config=None, revision=None, **options):
+            path = Path(name)
+            if not path.is_dir():
+                path = Path(snapshot_download(str(name), revision=revision))
+            config = config or LeRobotConfig.from_pretrained(path)
+            config.pretrained_path = path
+            return super().from_pretrained(path, config=config, **options)
+
+        @classmethod
+        def _load_as_safetensor(cls, model, path: str, device: str, strict: bool):
+            try:
+                model.policy.load_state_dict(load_file(path))           # all of it, always
+            except (RuntimeError, OSError, SafetensorError) as error:
+                fail(f"'{path}' does not fit its config.json: {' '.join(str(error).split())}")
+            return model
+
+        def _save_pretrained(self, folder: Path, state_dict: dict | None = None):
+            self.config._save_pretrained(folder)
+            state = {name.removeprefix("policy."): x.contiguous()
+                     for name, x in (state_dict or self.state_dict()).items()}
+            save_file(state, folder / "model.safetensors")
+            save_trunk(self.policy.trunk, self.tokens.tokenizer, folder)
+
+        def get_optim_params(self) -> list[dict]:
+            groups = make_optimizer(self.policy.cfg, self.policy).param_groups
+            return [{name: group[name] for name in ("params", "weight_decay")} for group in groups]
+
+        def forward(self, batch: dict, **options):
+            parts = self.policy(self.inputs(batch, learns=True))
+            return sum(parts.values()), {name: part.item() for name, part in parts.items()}
+
+        @torch.no_grad()
+        def predict_action_chunk(self, batch: dict, **noise):
+            return self.policy.act(self.inputs(batch, learns=False), **noise)       # (B, C, A)
+
+        def select_action(self, batch: dict, **noise):
+            if not self.queue:
+                chunk = self.predict_action_chunk(batch, **noise)
+                self.queue.extend(chunk[:, :self.config.n_action_steps or None].unbind(1))
+            return self.queue.popleft()                                             # (B, A)
+
+        def reset(self):
+            self.queue = deque()
+
+        def inputs(self, batch: dict, learns: bool) -> dict:
+            """As to_inputs makes them of the loader's batches."""
+            views = [self.picture(batch, camera) for camera in self.config.cameras]
+            B, device = len(views[0]), views[0].device
+            if not isinstance(batch.get("task"), list | tuple) or len(batch["task"]) != B:
+                raise ValueError(f"'task' must be {B} instructions, is {batch.get('task')!r}")
+            cells = B, self.policy.cfg.chunk, self.widths["action"]
+            padded = batch.get("action_is_pad") if learns else None
+            told = {"frames": views[0][:, None], "instruction": list(batch["task"]),
+                    "state": self.numbers(batch, STATE, (B, self.widths["state"]), device),
+                    "actions": (self.numbers(batch, ACTION, cells, device) if learns
+                                else torch.zeros(cells, device=device)),
+                    "action_mask": (torch.ones(cells[:2], dtype=torch.bool, device=device)
+                                    if padded is None else ~padded),
+                    "dataset": torch.zeros(B, dtype=torch.int64, device=device)}
+            if len(views) > 1:
+                told["views"] = torch.stack(views[1:], 1)
+            return to_inputs(told, self.policy, self.tokens, device)
+
+        def picture(self, batch: dict, camera: str):
+            """uint8 (B, S, S, 3)"""
+            x = batch.get(camera)
+            if x is None:
+                there = [name for name in batch if name.startswith("observation.image")]
+                raise ValueError(f"there is no camera '{camera}', only {there}; say which is it: "
+                                 f"--rename_map={{NAME: {camera}}}")
+            if x.ndim != 4 or x.shape[1] != 3:
+                raise ValueError(f"'{camera}' must be (B, 3, H, W), is {tuple(x.shape)}")
+            x = (255 * x).round().to(torch.uint8) if x.is_floating_point() else x
+            return data_oxe.resize_to(x.permute(0, 2, 3, 1), self.policy.trunk.image_size)
+
+        def numbers(self, batch: dict, name: str, shape: tuple, device):
+            if not shape[-1]:
+                return torch.zeros(shape, device=device)
+            x = batch.get(name)
+            if x is None or tuple(x.shape) != shape:
+                its = "missing" if x is None else tuple(x.shape)
+                raise ValueError(f"'{name}' must be {shape}, is {its}")
+            return x.float()
+
+    def statistics_of(stats: dict, config: NanoLapaConfig, how: str) -> dict:
+        """Policy's offsets and scales from a dataset's statistics; exits where some are missing."""
+        out, names = {}, ("q01", "q99") if how == "quantile" else ("mean", "std")
+        for what, key, feature in (("action", ACTION, config.action_feature),
+                                   ("state", STATE, config.robot_state_feature)):
+            width = feature.shape[0] if feature else 0
+            told = stats.get(key, {}) if width else dict.fromkeys(names, [])
+            if missing := [name for name in names if name not in told]:
+                fail(f"the statistics of '{key}' lack {missing[0]}, without which it has no scale: "
+                     f"lerobot's scripts/augment_dataset_quantile_stats.py adds quantiles, "
+                     f"--policy.settings='{{normalize: meanstd}}' needs none")
+            a, b = (torch.as_tensor(told[name]).float().reshape(1, width) for name in names)
+            offset, scale = ((a + b) / 2, (b - a) / 2) if how == "quantile" else (a, b)
+            out[f"{what}_offset"] = offset
+            out[f"{what}_scale"] = torch.where(scale < 1e-4, 1.0, scale)
+        return out
+
+    def empty_statistics(path: Path) -> dict:
+        """Of the shapes that a file's have; exits where it has none."""
+        names = [f"{what}_{part}" for what in ("action", "state") for part in ("offset", "scale")]
+        try:
+            with safe_open(path, "pt") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in names}
+        except (OSError, SafetensorError) as error:
+            fail(f"'{path}' has no statistics of actions and state ({error})")
+        return {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+
+    def check_features(config: NanoLapaConfig, cfg: Config, widths: dict):
+        """Exits where the dataset or the environment is of another robot."""
+        for what, feature in (("action", config.action_feature),
+                              ("state", config.robot_state_feature)):
+            its = feature.shape[0] if feature else 0
+            if its != widths[what]:
+                fail(f"the policy's {what} is {widths[what]} wide, that of the dataset or "
+                     f"environment {its}")
+        if len(config.cameras) != getattr(cfg, "cameras", 1):
+            fail(f"--policy.cameras {config.cameras}: the policy sees {getattr(cfg, 'cameras', 1)}")
+        if not 0 <= config.n_action_steps <= cfg.chunk:
+            fail(f"--policy.n_action_steps {config.n_action_steps} of a chunk of {cfg.chunk}")
+
+    def make_hlrp_smolvla_shared_pre_post_processors(config, dataset_stats=None):
+        """Names, batch and device: the policy itself normalizes."""
+        steps = make_default_policy_processor_steps(config)
+        return make_policy_processor_pipelines(
+            [steps.rename_observations, steps.add_batch_dim, steps.to_device, steps.normalize],
+            [steps.unnormalize, steps.to_cpu])
 
 
 if __name__ == "__main__":
