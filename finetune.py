@@ -2048,7 +2048,7 @@ if lerobot and lerobot.origin:                              # not just a folder 
             if not self.stage2:
                 fail("--policy.stage2 must be a folder of vla.py, or 'none': without either the "
                      "trunk would be random")
-            cfg.init = self.stage2
+            cfg.init, cfg.normalize = self.stage2, "meanstd"                # see statistics_of
             pretraining = read_stage2(cfg)
             check(cfg, pretraining)
             return cfg, pretraining
@@ -2098,7 +2098,7 @@ if lerobot and lerobot.origin:                              # not just a folder 
                 stats = empty_statistics(Path(config.pretrained_path) / "model.safetensors")
             else:
                 trunk, tokenizer = load_stage2(cfg, pretraining)
-                stats = statistics_of(dataset_stats or {}, config, cfg.normalize)
+                stats = statistics_of(dataset_stats or {}, config)
             config.settings = asdict(cfg)
             self.policy, self.tokens = Policy(cfg, trunk, stats), Tokens(tokenizer, cfg.text_len)
             self.widths = {what: stats[f"{what}_offset"].shape[1] for what in ("action", "state")}
@@ -2106,10 +2106,10 @@ if lerobot and lerobot.origin:                              # not just a folder 
             self.reset()
 
         @classmethod
-        def from_pretrained(cls, name, *, config=None, revision=None, **options):
-            path = Path(name)
-            if not path.is_dir():
-                path = Path(snapshot_download(str(name), revision=revision))
+        def from_pretrained(cls, pretrained_name_or_path, *, config=None, revision=None, **options):
+            path = Path(pretrained_name_or_path)
+            if not path.is_dir():                                       # a name of the hub
+                path = Path(snapshot_download(str(path), revision=revision))
             config = config or LeRobotConfig.from_pretrained(path)
             config.pretrained_path = path
             return super().from_pretrained(path, config=config, **options)
@@ -2190,19 +2190,18 @@ if lerobot and lerobot.origin:                              # not just a folder 
                 raise ValueError(f"'{name}' must be {shape}, is {its}")
             return x.float()
 
-    def statistics_of(stats: dict, config: NanoLapaConfig, how: str) -> dict:
-        """Policy's offsets and scales from a dataset's statistics; exits where some are missing."""
-        out, names = {}, ("q01", "q99") if how == "quantile" else ("mean", "std")
+    def statistics_of(stats: dict, config: NanoLapaConfig) -> dict:
+        """Policy's offsets and scales: mean and deviation, as LeRobot's quantiles of a dataset are
+        means of the episodes'. Exits where some are missing."""
+        out = {}
         for what, key, feature in (("action", ACTION, config.action_feature),
                                    ("state", STATE, config.robot_state_feature)):
-            width = feature.shape[0] if feature else 0
-            told = stats.get(key, {}) if width else dict.fromkeys(names, [])
-            if missing := [name for name in names if name not in told]:
-                fail(f"the statistics of '{key}' lack {missing[0]}, without which it has no scale: "
-                     f"lerobot's scripts/augment_dataset_quantile_stats.py adds quantiles, "
-                     f"--policy.settings='{{normalize: meanstd}}' needs none")
-            a, b = (torch.as_tensor(told[name]).float().reshape(1, width) for name in names)
-            offset, scale = ((a + b) / 2, (b - a) / 2) if how == "quantile" else (a, b)
+            width, its = feature.shape[0] if feature else 0, stats.get(key, {})
+            if width and not its.keys() >= {"mean", "std"}:
+                fail(f"the dataset's statistics of '{key}' lack mean and std, without which it has "
+                     f"no scale; there are {sorted(its)}")
+            offset, scale = (torch.as_tensor(its[name] if width else []).float().reshape(1, width)
+                             for name in ("mean", "std"))
             out[f"{what}_offset"] = offset
             out[f"{what}_scale"] = torch.where(scale < 1e-4, 1.0, scale)
         return out

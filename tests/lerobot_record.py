@@ -5,11 +5,14 @@
     python tests/lerobot_record.py --root FOLDER --env pusht --episodes 4       # follows the block
 """
 import argparse
+import os
 
-import cv2
-import gymnasium
-import numpy as np
-from lerobot.datasets import LeRobotDataset
+os.environ.setdefault("MUJOCO_GL", "egl")                   # before LeRobot
+
+import cv2                                                  # noqa: E402
+import gymnasium                                            # noqa: E402
+import numpy as np                                          # noqa: E402
+from lerobot.datasets import LeRobotDataset                 # noqa: E402
 
 SIDE = 128
 
@@ -54,17 +57,19 @@ def main():
     width, fps = {"metaworld": (4, 80), "pusht": (2, 10)}[args.env]
     numbers = {"dtype": "float32", "shape": (width,), "names": [f"x{i}" for i in range(width)]}
     picture = {"dtype": "video", "shape": (SIDE, SIDE, 3), "names": ["height", "width", "channels"]}
-    dataset = LeRobotDataset.create(
-        "local/recorded", fps=fps, root=args.root, features={
-            "observation.state": numbers, "action": numbers, "observation.image": picture,
-            "next.success": {"dtype": "bool", "shape": (1,), "names": None}})
+    features = {"observation.state": numbers, "action": numbers, "observation.image": picture}
+    if args.env == "metaworld":                             # its experts know whether they succeeded
+        features["next.success"] = {"dtype": "bool", "shape": (1,), "names": None}
+    dataset = LeRobotDataset.create("local/recorded", fps=fps, root=args.root, features=features)
     for seed in range(int(args.episodes)):
         steps, success = 0, False
         for pixels, state, action, success in world(args.task, seed):
-            dataset.add_frame({
-                "observation.state": np.float32(state), "action": np.float32(action),
-                "observation.image": cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA),
-                "next.success": np.array([success]), "task": args.task})
+            image = cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+            frame = {"observation.state": np.float32(state), "action": np.float32(action),
+                     "observation.image": image, "task": args.task}
+            if "next.success" in features:
+                frame["next.success"] = np.array([success])
+            dataset.add_frame(frame)
             steps += 1
         dataset.save_episode()
         print(f"episode {seed}: {steps} steps, success {success}", flush=True)
