@@ -1870,8 +1870,8 @@ def read_captions(captions: str, files: dict) -> dict[str, str]:
 
 
 def begun(folder: Path, chosen: dict, **metadata) -> list[tuple]:
-    """What an interrupted run left in finished shards: of each episode these entries, NAME=DTYPE, of
-    its metadata. Exits where it ran with other options."""
+    """What an interrupted run left in finished shards: of each episode these entries, NAME=DTYPE,
+    of its metadata. Exits where it ran with other options."""
     options = folder / "options.json"
     if options.exists() and json.loads(options.read_text()) != chosen:
         fail(f"'{folder}' was begun with other options ({options.read_text()}); use those, or "

@@ -2005,6 +2005,91 @@ def empty_trunk(folder: Path) -> tuple[Trunk, object]:
     return trunk(vlm, **chat), pretrained("tokenizer", AutoTokenizer, str(folder / "trunk"))
 
 
+def statistics_of(stats: dict, config) -> dict:
+    """Policy's offsets and scales: mean and deviation, as LeRobot's quantiles of a dataset are
+    means of the episodes'. Exits where some are missing."""
+    out = {}
+    for what, key, feature in (("action", ACTION, config.action_feature),
+                               ("state", STATE, config.robot_state_feature)):
+        width, its = feature.shape[0] if feature else 0, stats.get(key, {})
+        if width and not its.keys() >= {"mean", "std"}:
+            fail(f"the dataset's statistics of '{key}' lack mean and std, without which it has "
+                 f"no scale; there are {sorted(its)}")
+        offset, scale = (torch.as_tensor(its[name] if width else []).float().reshape(1, width)
+                         for name in ("mean", "std"))
+        out[f"{what}_offset"] = offset
+        out[f"{what}_scale"] = torch.where(scale < 1e-4, 1.0, scale)
+    return out
+
+
+def empty_statistics(path: Path) -> dict:
+    """Of the shapes that a file's have; exits where it has none."""
+    names = [f"{what}_{part}" for what in ("action", "state") for part in ("offset", "scale")]
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
+    except (OSError, SafetensorError) as error:
+        fail(f"'{path}' has no statistics of actions and state ({error})")
+    return {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+
+
+def check_features(config, cfg: Config, stats: dict):
+    """Exits where the dataset or the environment is of another robot."""
+    for what, feature in (("action", config.action_feature),
+                          ("state", config.robot_state_feature)):
+        its = feature.shape[0] if feature else 0
+        if its != (width := stats[f"{what}_offset"].shape[1]):
+            fail(f"the policy's {what} is {width} wide, that of the dataset or environment {its}")
+    if len(config.cameras) != getattr(cfg, "cameras", 1):
+        fail(f"--policy.cameras {config.cameras}: the policy sees {getattr(cfg, 'cameras', 1)}")
+    if not 0 <= config.n_action_steps <= cfg.chunk:
+        fail(f"--policy.n_action_steps {config.n_action_steps} of a chunk of {cfg.chunk}")
+
+
+def inputs_of(batch: dict, cameras: list[str], policy: Policy, tokens, learns: bool) -> dict:
+    """LeRobot's batch -> what Policy takes. It holds a picture (B, 3, H, W), uint8 or 0..1, a
+    camera, observation.state (B, Ds), task (list of B str), and, to learn, action (B, C, A) and
+    action_is_pad (B, C). Raises ValueError where one lacks or has another shape."""
+    views = [picture_of(batch, camera, policy.trunk.image_size) for camera in cameras]
+    B, device, texts = len(views[0]), views[0].device, batch.get("task")
+    if not isinstance(texts, list | tuple) or len(texts) != B:
+        raise ValueError(f"'task' must be {B} instructions, is {texts!r}")
+    chunk = B, policy.cfg.chunk, policy.action_dim
+    none_padded = torch.zeros(chunk[:2], dtype=torch.bool, device=device)
+    told = {"frames": views[0][:, None], "instruction": list(texts),
+            "state": numbers_of(batch, STATE, (B, policy.state_offset.shape[1]), device),
+            "actions": numbers_of(batch if learns else {ACTION: torch.zeros(chunk)}, ACTION, chunk,
+                                  device),
+            "action_mask": ~(batch.get("action_is_pad", none_padded) if learns else none_padded),
+            "dataset": torch.zeros(B, dtype=torch.int64, device=device)}
+    if len(views) > 1:
+        told["views"] = torch.stack(views[1:], 1)
+    return to_inputs(told, policy, tokens, device)
+
+
+def picture_of(batch: dict, camera: str, side: int):
+    """uint8 (B, S, S, 3)"""
+    x = batch.get(camera)
+    if x is None:
+        there = [name for name in batch if name.startswith("observation.image")]
+        raise ValueError(f"there is no camera '{camera}', only {there}; say which is it: "
+                         f"--rename_map={{NAME: {camera}}}")
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise ValueError(f"'{camera}' must be (B, 3, H, W), is {tuple(x.shape)}")
+    x = (255 * x).round().to(torch.uint8) if x.is_floating_point() else x
+    return data_oxe.resize_to(x.permute(0, 2, 3, 1), side)
+
+
+def numbers_of(batch: dict, name: str, shape: tuple, device):
+    if not shape[-1]:
+        return torch.zeros(shape, device=device)
+    x = batch.get(name)
+    if x is None or tuple(x.shape) != shape:
+        its = "missing" if x is None else tuple(x.shape)
+        raise ValueError(f"'{name}' must be {shape}, is {its}")
+    return x.float().to(device)
+
+
 lerobot = importlib.util.find_spec("lerobot")
 if lerobot and lerobot.origin:                              # not just a folder of that name
     from huggingface_hub import snapshot_download
@@ -2083,9 +2168,7 @@ if lerobot and lerobot.origin:                              # not just a folder 
         observation_delta_indices = reward_delta_indices = None
 
     class NanoLapaPolicy(PreTrainedPolicy):
-        """Policy behind LeRobot's interface. Batches hold a float picture of 0..1 (B, 3, H, W) a
-        camera, observation.state (B, Ds), task (list of B str), and action (B, C, A) to learn.
-        Raises ValueError where one lacks something or has another width."""
+        """Policy behind LeRobot's interface."""
 
         config_class, name = NanoLapaConfig, LEROBOT_TYPE
 
@@ -2101,8 +2184,7 @@ if lerobot and lerobot.origin:                              # not just a folder 
                 stats = statistics_of(dataset_stats or {}, config)
             config.settings = asdict(cfg)
             self.policy, self.tokens = Policy(cfg, trunk, stats), Tokens(tokenizer, cfg.text_len)
-            self.widths = {what: stats[f"{what}_offset"].shape[1] for what in ("action", "state")}
-            check_features(config, cfg, self.widths)
+            check_features(config, cfg, stats)
             self.reset()
 
         @classmethod
@@ -2129,6 +2211,9 @@ if lerobot and lerobot.origin:                              # not just a folder 
             save_file(state, folder / "model.safetensors")
             save_trunk(self.policy.trunk, self.tokens.tokenizer, folder)
 
+        def inputs(self, batch: dict, learns: bool) -> dict:
+            return inputs_of(batch, self.config.cameras, self.policy, self.tokens, learns)
+
         def get_optim_params(self) -> list[dict]:
             groups = make_optimizer(self.policy.cfg, self.policy).param_groups
             return [{name: group[name] for name in ("params", "weight_decay")} for group in groups]
@@ -2149,85 +2234,6 @@ if lerobot and lerobot.origin:                              # not just a folder 
 
         def reset(self):
             self.queue = deque()
-
-        def inputs(self, batch: dict, learns: bool) -> dict:
-            """As to_inputs makes them of the loader's batches."""
-            views = [self.picture(batch, camera) for camera in self.config.cameras]
-            B, device = len(views[0]), views[0].device
-            if not isinstance(batch.get("task"), list | tuple) or len(batch["task"]) != B:
-                raise ValueError(f"'task' must be {B} instructions, is {batch.get('task')!r}")
-            cells = B, self.policy.cfg.chunk, self.widths["action"]
-            padded = batch.get("action_is_pad") if learns else None
-            told = {"frames": views[0][:, None], "instruction": list(batch["task"]),
-                    "state": self.numbers(batch, STATE, (B, self.widths["state"]), device),
-                    "actions": (self.numbers(batch, ACTION, cells, device) if learns
-                                else torch.zeros(cells, device=device)),
-                    "action_mask": (torch.ones(cells[:2], dtype=torch.bool, device=device)
-                                    if padded is None else ~padded),
-                    "dataset": torch.zeros(B, dtype=torch.int64, device=device)}
-            if len(views) > 1:
-                told["views"] = torch.stack(views[1:], 1)
-            return to_inputs(told, self.policy, self.tokens, device)
-
-        def picture(self, batch: dict, camera: str):
-            """uint8 (B, S, S, 3)"""
-            x = batch.get(camera)
-            if x is None:
-                there = [name for name in batch if name.startswith("observation.image")]
-                raise ValueError(f"there is no camera '{camera}', only {there}; say which is it: "
-                                 f"--rename_map={{NAME: {camera}}}")
-            if x.ndim != 4 or x.shape[1] != 3:
-                raise ValueError(f"'{camera}' must be (B, 3, H, W), is {tuple(x.shape)}")
-            x = (255 * x).round().to(torch.uint8) if x.is_floating_point() else x
-            return data_oxe.resize_to(x.permute(0, 2, 3, 1), self.policy.trunk.image_size)
-
-        def numbers(self, batch: dict, name: str, shape: tuple, device):
-            if not shape[-1]:
-                return torch.zeros(shape, device=device)
-            x = batch.get(name)
-            if x is None or tuple(x.shape) != shape:
-                its = "missing" if x is None else tuple(x.shape)
-                raise ValueError(f"'{name}' must be {shape}, is {its}")
-            return x.float()
-
-    def statistics_of(stats: dict, config: NanoLapaConfig) -> dict:
-        """Policy's offsets and scales: mean and deviation, as LeRobot's quantiles of a dataset are
-        means of the episodes'. Exits where some are missing."""
-        out = {}
-        for what, key, feature in (("action", ACTION, config.action_feature),
-                                   ("state", STATE, config.robot_state_feature)):
-            width, its = feature.shape[0] if feature else 0, stats.get(key, {})
-            if width and not its.keys() >= {"mean", "std"}:
-                fail(f"the dataset's statistics of '{key}' lack mean and std, without which it has "
-                     f"no scale; there are {sorted(its)}")
-            offset, scale = (torch.as_tensor(its[name] if width else []).float().reshape(1, width)
-                             for name in ("mean", "std"))
-            out[f"{what}_offset"] = offset
-            out[f"{what}_scale"] = torch.where(scale < 1e-4, 1.0, scale)
-        return out
-
-    def empty_statistics(path: Path) -> dict:
-        """Of the shapes that a file's have; exits where it has none."""
-        names = [f"{what}_{part}" for what in ("action", "state") for part in ("offset", "scale")]
-        try:
-            with safe_open(path, "pt") as file:
-                shapes = {name: file.get_slice(name).get_shape() for name in names}
-        except (OSError, SafetensorError) as error:
-            fail(f"'{path}' has no statistics of actions and state ({error})")
-        return {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
-
-    def check_features(config: NanoLapaConfig, cfg: Config, widths: dict):
-        """Exits where the dataset or the environment is of another robot."""
-        for what, feature in (("action", config.action_feature),
-                              ("state", config.robot_state_feature)):
-            its = feature.shape[0] if feature else 0
-            if its != widths[what]:
-                fail(f"the policy's {what} is {widths[what]} wide, that of the dataset or "
-                     f"environment {its}")
-        if len(config.cameras) != getattr(cfg, "cameras", 1):
-            fail(f"--policy.cameras {config.cameras}: the policy sees {getattr(cfg, 'cameras', 1)}")
-        if not 0 <= config.n_action_steps <= cfg.chunk:
-            fail(f"--policy.n_action_steps {config.n_action_steps} of a chunk of {cfg.chunk}")
 
     def make_hlrp_smolvla_shared_pre_post_processors(config, dataset_stats=None):
         """Names, batch and device: the policy itself normalizes."""

@@ -1,5 +1,5 @@
-"""In LeRobot's environment: LeRobot records a dataset of its own worlds, which then comes in through
-`data_oxe.py from-lerobot`.
+"""In LeRobot's environment: LeRobot records a dataset of its own worlds, which then comes in
+through `data_oxe.py from-lerobot`.
 
     python tests/lerobot_record.py --root FOLDER --env metaworld --task drawer-open-v3 --episodes 20
     python tests/lerobot_record.py --root FOLDER --env pusht --episodes 4       # follows the block
@@ -20,7 +20,7 @@ SIDE = 128
 def metaworld(task: str, seed: int):
     """Yields (picture, state, action, whether it has succeeded) of an expert's episode."""
     from lerobot.envs.metaworld import MetaworldEnv
-    env = MetaworldEnv(task=task)
+    env = MetaworldEnv(task=task, obs_type="pixels_agent_pos")
     env._ensure_env()
     env._env.seed(seed)
     raw, success = env._env.reset()[0], False
@@ -31,7 +31,7 @@ def metaworld(task: str, seed: int):
         yield seen["pixels"], seen["agent_pos"], action, success
         if success:
             return
-        noise = 0.1 * rng.standard_normal(4)                # so that states around its path come too
+        noise = 0.1 * rng.standard_normal(4)                # states around its path come too
         raw, *_, info = env._env.step(np.clip(action + noise, -1, 1).astype(np.float32))
         success = bool(info["success"])
 
@@ -58,7 +58,7 @@ def main():
     numbers = {"dtype": "float32", "shape": (width,), "names": [f"x{i}" for i in range(width)]}
     picture = {"dtype": "video", "shape": (SIDE, SIDE, 3), "names": ["height", "width", "channels"]}
     features = {"observation.state": numbers, "action": numbers, "observation.image": picture}
-    if args.env == "metaworld":                             # its experts know whether they succeeded
+    if args.env == "metaworld":                             # which tells
         features["next.success"] = {"dtype": "bool", "shape": (1,), "names": None}
     dataset = LeRobotDataset.create("local/recorded", fps=fps, root=args.root, features=features)
     for seed in range(int(args.episodes)):

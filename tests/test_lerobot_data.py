@@ -99,7 +99,8 @@ def version_3(folder):
                              to_timestamp=start + LENGTHS[e] / FPS).items()}
             rows.append(row)
     (folder / "meta/episodes/chunk-000").mkdir(parents=True)
-    parquet.write_table(pa.Table.from_pylist(rows), folder / "meta/episodes/chunk-000/file-000.parquet")
+    path = folder / "meta/episodes/chunk-000/file-000.parquet"
+    parquet.write_table(pa.Table.from_pylist(rows), path)
 
 
 def read(folder) -> dict:
