@@ -1963,7 +1963,10 @@ def export_to_lerobot(policy_folder: Path, policy: Policy, cfg: Config, tokenize
     (folder / "pyproject.toml").write_text(PLUGIN)
     shutil.copyfile(__file__, folder / "lerobot_policy_nanolapa.py")
     shutil.copyfile(data_oxe.__file__, folder / "data_oxe.py")
-    os.link(policy_folder / "weights.safetensors", model / "model.safetensors")
+    try:
+        os.link(policy_folder / "weights.safetensors", model / "model.safetensors")
+    except OSError:                                                     # a disk without links
+        shutil.copyfile(policy_folder / "weights.safetensors", model / "model.safetensors")
     save_trunk(policy.trunk, tokenizer, model)
     further = loader.plans[0].entry.cameras.split()[:getattr(cfg, "cameras", 1) - 1]
     cameras = ["observation.image", *(key.replace("/", ".") for key in further)]
@@ -1973,7 +1976,7 @@ def export_to_lerobot(policy_folder: Path, policy: Policy, cfg: Config, tokenize
     outputs = {ACTION: {"type": "ACTION", "shape": [loader.action_dim]}}
     config = {"type": LEROBOT_TYPE, "settings": asdict(cfg), "cameras": cameras,
               "input_features": inputs, "output_features": outputs,
-              "normalization_mapping": AS_IT_IS, "device": "cpu", "push_to_hub": False}
+              "normalization_mapping": AS_IT_IS, "push_to_hub": False}
     asis = {"eps": 1e-8, "features": {}, "norm_map": AS_IT_IS}
     on_cpu = {"device": "cpu", "float_dtype": None}
     before = {"rename_observations_processor": {"rename_map": {}}, "to_batch_processor": {},
@@ -2116,7 +2119,7 @@ if lerobot and lerobot.origin:                              # not just a folder 
     @dataclass
     class NanoLapaConfig(LeRobotConfig):
         stage2: str = ""            # of vla.py, to train from; 'none': from settings' trunk
-        settings: dict = field(default_factory=dict)        # of Config, that are not its defaults
+        settings: dict = field(default_factory=dict)        # of Config: of model and optimizer
         cameras: list[str] = field(default_factory=list)    # it sees; none: the dataset's only one
         n_action_steps: int = 0     # of a chunk, before the next is predicted; 0: all
         normalization_mapping: dict[str, NormalizationMode] = field(
@@ -2218,7 +2221,7 @@ if lerobot and lerobot.origin:                              # not just a folder 
             groups = make_optimizer(self.policy.cfg, self.policy).param_groups
             return [{name: group[name] for name in ("params", "weight_decay")} for group in groups]
 
-        def forward(self, batch: dict, **options):
+        def forward(self, batch: dict):
             parts = self.policy(self.inputs(batch, learns=True))
             return sum(parts.values()), {name: part.item() for name, part in parts.items()}
 
