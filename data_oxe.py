@@ -4,6 +4,7 @@
     python data_oxe.py inspect --data data --mix metaworld_corner4      # counts, ranges, pictures
     python data_oxe.py stats   --data data --mix bridge                 # percentiles, mean, std
     python data_oxe.py from-videos --videos clips --captions clips.csv --name clips --fps 10
+    python data_oxe.py from-lerobot --source hub:lerobot/pusht --name pusht
 
 As a module (the only code the stages share):
 
@@ -1935,8 +1936,7 @@ def from_videos(videos: str, name: str, data: str = "data", captions: str = "", 
     files = {str(path.relative_to(videos)): path for path in paths}
     if not files:
         fail(f"no video files ({', '.join(endings)}) in --videos '{videos}'")
-    if name in REGISTRY or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        fail(f"--name '{name}' must be a new one, of lower-case letters, digits and '_'")
+    check_new_name(name)
     if not 0 < fps <= 240 or size < 16 or max_frames < 2:
         fail(f"--fps {fps} must be in (0, 240], --size {size} at least 16, "
              f"--max-frames {max_frames} at least 2")
@@ -1967,6 +1967,11 @@ def from_videos(videos: str, name: str, data: str = "data", captions: str = "", 
             fail(f"none of the {len(files)} videos in '{videos}' could be read")
     print(f"{writer.final}: {len(clips)} episodes of {len(files)} videos, {len(broken)} of them "
           f"broken; use it as --data {data} --mix {name}")
+
+
+def check_new_name(name: str):
+    if name in REGISTRY or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        fail(f"--name '{name}' must be a new one, of lower-case letters, digits and '_'")
 
 
 def features_of_videos(size: int) -> dict:
@@ -2043,15 +2048,287 @@ def frames_at(path: Path, fps: float, size: int):
 
 
 def jpeg_square(frame, size: int) -> bytes:
-    import cv2
     x = frame.to_ndarray(format="bgr24")
     h, w = x.shape[:2]
     side = min(h, w)
     top, left = (h - side) // 2, (w - side) // 2
-    x = x[top:top + side, left:left + side]
-    x = cv2.resize(x, (size, size),
-                   interpolation=cv2.INTER_AREA if side > size else cv2.INTER_LINEAR)
+    return jpeg(x[top:top + side, left:left + side], size)
+
+
+def jpeg(picture: np.ndarray, size: int) -> bytes:
+    """uint8 (H, W, 3), blue first -> JPEG of size x size."""
+    import cv2
+    shrinks = min(picture.shape[:2]) > size
+    x = cv2.resize(picture, (size, size),
+                   interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     return cv2.imencode(".jpg", x, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+
+
+# ------------------------------------------------------------ LeRobot's datasets
+def from_lerobot(source: str, name: str, data: str = "data", cameras: tuple[str, ...] = (),
+                 size: int = 256, fps: float = 0.0, kinds: str = ""):
+    """Makes an RLDS dataset of a LeRobotDataset of version 2 or 3: a folder, or hub:NAME of the
+    Hugging Face hub.
+
+    --cameras: which, by their names after 'observation.images.'; the first becomes
+    observation/image, another NAME observation/image_NAME; without it all. Pictures are resized to
+    --size x --size, as the loader does with any. --fps: fewer steps a second than recorded; of the
+    actions that fall into one step, deltas are added, velocities averaged, and of others the last
+    stays. --kinds: a letter an action dimension, p*6,g (see KINDS); without it all are absolute
+    positions. A picture that is not there at its row's time makes its episode faulty; such are
+    named and left out. Episodes go in in a random order, so that the val split is a fair sample. An
+    interrupted run goes on where it was.
+    """
+    import av
+    from tqdm import tqdm
+    recorded = LeRobotFolder(fetch(source))
+    stride, widths = recorded.stride(fps), recorded.widths()
+    keys = recorded.choose(cameras)
+    kinds = kinds_of(f"action:{kinds or 'p' * widths['action']}")
+    if len(kinds) != widths["action"] or set(kinds) - KINDS.keys():
+        fail(f"--kinds '{kinds}' must be {widths['action']} letters of {', '.join(KINDS)}, one a "
+             f"dimension of the action")
+    check_new_name(name)
+    if size < 16:
+        fail(f"--size {size} must be at least 16")
+    hz = recorded.fps / stride
+    entry = Entry("1.0.0", f"{size}x{size} jpeg", action=f"action:{kinds}", hz=hz,
+                  state=f"observation/state:{widths['state']}" if widths["state"] else "",
+                  instruction="language_instruction" if any(recorded.tasks.values()) else "",
+                  offset=max(1, round(hz / 2)),
+                  success="episode_metadata/success" if recorded.tells_success else "",
+                  cameras=" ".join(f"observation/{image}" for image in list(keys)[1:]))
+    features = features_of_lerobot(list(keys), widths, size, recorded.tells_success)
+    options = dict(source=source, cameras=list(keys.values()), size=size, stride=stride,
+                   kinds=kinds)
+    broken = 0
+    with DatasetWriter(data, name, entry, features, options) as writer:
+        done = {episode["episode_index"] for episode in writer.kept}
+        order = np.random.default_rng(0).permutation(sorted(recorded.episodes)).tolist()
+        left = [number for number in order if number not in done]
+        for number in tqdm(left, desc=name, unit="episode", disable=None):
+            try:
+                episode = lerobot_episode(recorded, number, keys, size, stride, kinds)
+            except (av.FFmpegError, FileNotFoundError, KeyError, ValueError) as error:
+                broken += 1
+                print(f"data_oxe: left out episode {number} of '{source}': "
+                      f"{type(error).__name__}: {error}", file=sys.stderr)
+                continue
+            writer.write(episode)
+        if broken == len(order):
+            fail(f"none of the {broken} episodes of '{source}' could be read")
+    print(f"{writer.final}: {len(order) - broken} episodes at {hz:g} steps a second, {broken} left "
+          f"out as faulty; cameras {', '.join(keys)}; action {kinds}; use it as --data {data} "
+          f"--mix {name}")
+
+
+class LeRobotFolder:
+    """A LeRobotDataset on disk: version 2 has files of one episode each, version 3 of many.
+
+    fps; tasks {number: sentence}; episodes {number: where it is}; tells_success.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, info = folder, folder / "meta/info.json"
+        if not info.is_file():
+            fail(f"no LeRobotDataset at '{folder}': it has no meta/info.json")
+        try:
+            self.info = json.loads(info.read_text())
+            self.version, self.fps = self.info["codebase_version"], float(self.info["fps"])
+            self.features = self.info["features"]
+        except (KeyError, ValueError) as error:
+            fail(f"'{info}' is damaged ({type(error).__name__}: {error})")
+        self.is_new = self.version.startswith("v3.")
+        if not self.is_new and not self.version.startswith("v2."):
+            fail(f"'{folder}' is a LeRobotDataset of version {self.version}; known are v2 and v3")
+        self.tells_success = "next.success" in self.features
+        rows = self.rows("meta/tasks")
+        text = next(name for name in rows[0] if name != "task_index") if rows else ""
+        self.tasks = {row["task_index"]: row[text] for row in rows}
+        self.episodes = {row["episode_index"]: row for row in self.rows("meta/episodes")}
+        if not self.episodes:
+            fail(f"'{folder}' has no episodes")
+
+    def rows(self, name: str) -> list[dict]:
+        """Of a table of meta/: lines of JSON in version 2, Parquet in version 3. Without
+        statistics, which nothing reads here."""
+        import pyarrow.parquet as parquet
+        try:
+            if not self.is_new:
+                lines = (self.folder / f"{name}.jsonl").read_text().splitlines()
+                return [json.loads(line) for line in lines]
+            path = self.folder / name
+            path = path if path.is_dir() else path.with_suffix(".parquet")
+            table = parquet.read_table(path)
+        except (OSError, ValueError) as error:
+            fail(f"'{self.folder}': {name} is missing or damaged ({error})")
+        kept = [column for column in table.column_names if not column.startswith("stats/")]
+        return table.select(kept).to_pylist()
+
+    def widths(self) -> dict[str, int]:
+        """Of action and state; 0: there is none."""
+        shapes = {what: self.features.get(key, {}).get("shape", [0])
+                  for what, key in (("action", "action"), ("state", "observation.state"))}
+        for what, shape in shapes.items():
+            if len(shape) != 1:
+                fail(f"'{self.folder}': its {what} has shape {shape}, expected one dimension")
+        if not shapes["action"][0]:
+            fail(f"'{self.folder}' has no feature 'action'; it has: {', '.join(self.features)}")
+        return {what: shape[0] for what, shape in shapes.items()}
+
+    def stride(self, fps: float) -> int:
+        """Recorded steps in one of 1/fps seconds."""
+        stride = round(self.fps / fps) if fps else 1
+        if stride < 1 or abs(stride * (fps or self.fps) - self.fps) > 1e-3:
+            fail(f"--fps {fps:g} must divide the {self.fps:g} that were recorded")
+        return stride
+
+    def choose(self, cameras: tuple) -> dict[str, str]:
+        """{'image': key of the first camera, 'image_NAME': key of another}"""
+        known = {key.removeprefix("observation.").removeprefix("images."): key
+                 for key, feature in self.features.items()
+                 if feature["dtype"] in ("video", "image")
+                 and not (feature.get("info") or {}).get("is_depth_map")}
+        if not known:
+            fail(f"'{self.folder}' has no camera; its features are {', '.join(self.features)}")
+        for name in cameras:
+            if name not in known:
+                fail(f"'{self.folder}' has no camera '{name}'; it has: {', '.join(known)}")
+        chosen = [(name, known[name]) for name in cameras or known]
+        return {f"image_{re.sub(r'[^a-zA-Z0-9]', '_', name)}" if number else "image": key
+                for number, (name, key) in enumerate(chosen)}
+
+    def table(self, episode: int, keys: list[str]) -> dict[str, list]:
+        """Columns of an episode, in order of time."""
+        import pyarrow.parquet as parquet
+        where, only = self.episodes[episode], None
+        if self.is_new:
+            only = [("episode_index", "=", episode)]
+            path = "data/chunk-{:03d}/file-{:03d}.parquet".format(
+                where["data/chunk_index"], where["data/file_index"])
+        else:
+            path = f"data/{self.chunk(episode)}/episode_{episode:06d}.parquet"
+        names = [*keys, "timestamp", "frame_index", "task_index"]
+        table = parquet.read_table(self.folder / path, columns=names, filters=only)
+        if missing := set(names) - set(table.column_names):
+            raise ValueError(f"'{path}' has no column {sorted(missing)[0]}")
+        if len(table) != where["length"]:
+            raise ValueError(f"'{path}' has {len(table)} rows of it, meta/episodes says "
+                             f"{where['length']}")
+        return table.sort_by("frame_index").to_pydict()
+
+    def chunk(self, episode: int) -> str:
+        return f"chunk-{episode // self.info.get('chunks_size', 1000):03d}"
+
+    def video(self, episode: int, key: str) -> tuple[Path, float]:
+        """Path, and the second at which the episode begins in it."""
+        if not self.is_new:
+            path = f"videos/{self.chunk(episode)}/{key}/episode_{episode:06d}.mp4"
+            return self.folder / path, 0.0
+        at = {name: self.episodes[episode][f"videos/{key}/{name}"]
+              for name in ("chunk_index", "file_index", "from_timestamp")}
+        path = f"videos/{key}/chunk-{at['chunk_index']:03d}/file-{at['file_index']:03d}.mp4"
+        return self.folder / path, at["from_timestamp"]
+
+
+def fetch(source: str) -> Path:
+    """--source, a folder, or hub:NAME, which is downloaded."""
+    if not source.startswith("hub:"):
+        return Path(source)
+    import huggingface_hub
+    try:
+        return Path(huggingface_hub.snapshot_download(source[4:], repo_type="dataset"))
+    except Exception as error:                                  # the client fails in many ways
+        fail(f"--source '{source}' cannot be downloaded ({type(error).__name__}: "
+             f"{str(error).strip().splitlines()[0]}); check the name, the network and "
+             f"`hf auth login`, or give a folder")
+
+
+def features_of_lerobot(images: list[str], widths: dict, size: int, tells_success: bool) -> dict:
+    f = tfds.features
+    observation = {image: f.Image(shape=(size, size, 3), encoding_format="jpeg")
+                   for image in images}
+    if widths["state"]:
+        observation["state"] = f.Tensor(shape=(widths["state"],), dtype=np.float32)
+    steps = {"observation": observation, "language_instruction": f.Text(),
+             "action": f.Tensor(shape=(widths["action"],), dtype=np.float32),
+             "is_first": np.bool_, "is_last": np.bool_}
+    metadata = {"episode_index": np.int64, "file_path": f.Text()}
+    if tells_success:
+        metadata["success"] = np.bool_
+    return {"steps": f.Dataset(steps), "episode_metadata": metadata}
+
+
+def lerobot_episode(recorded: LeRobotFolder, number: int, keys: dict, size: int, stride: int,
+                    kinds: str) -> dict:
+    """Raises av.FFmpegError, FileNotFoundError, KeyError, ValueError where it is faulty."""
+    columns = ["action", *(key for key in ("observation.state", "next.success")
+                           if key in recorded.features)]
+    stored = [key for key in keys.values() if recorded.features[key]["dtype"] == "image"]
+    table = recorded.table(number, columns + stored)
+    action = merged_actions(np.float32(table["action"]).reshape(-1, len(kinds)), stride, kinds)
+    seconds, images = np.float64(table["timestamp"]).reshape(-1)[::stride], {}
+    for image, key in keys.items():
+        if key in stored:
+            images[image] = [picture_of(cell["bytes"], size) for cell in table[key][::stride]]
+            continue
+        path, start = recorded.video(number, key)
+        images[image] = list(pictures_at(path, start + seconds, size, 0.25 / recorded.fps))
+    steps, last = [], len(action) - 1
+    for t in range(len(action)):
+        observation = {image: io.BytesIO(pictures[t]) for image, pictures in images.items()}
+        if "observation.state" in table:
+            state = np.float32(table["observation.state"][t * stride]).reshape(-1)
+            observation["state"] = state
+        steps.append({"observation": observation, "action": action[t],
+                      "language_instruction": recorded.tasks[table["task_index"][t * stride]],
+                      "is_first": t == 0, "is_last": t == last})
+    metadata = {"episode_index": number, "file_path": f"{recorded.folder.name}/{number}"}
+    if recorded.tells_success:
+        metadata["success"] = bool(np.any(table["next.success"]))
+    return {"steps": steps, "episode_metadata": metadata}
+
+
+def merged_actions(action: np.ndarray, stride: int, kinds: str) -> np.ndarray:
+    """(T, A) -> (T / stride, A): each step's action stands for those that it replaces."""
+    letters, merged = np.array(list(kinds)), []
+    for at in range(0, len(action), stride):
+        group = action[at:at + stride]
+        merged.append(np.select([letters == "d", letters == "v"],
+                                [group.sum(0), group.mean(0)], group[-1]))
+    return np.stack(merged)
+
+
+def pictures_at(path: Path, seconds: np.ndarray, size: int, tolerance: float):
+    """The pictures of a video at these ascending seconds, as JPEG bytes."""
+    import av
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError(f"'{path}' has no video stream")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        container.seek(int(seconds[0] / stream.time_base), stream=stream)   # a key frame before it
+        frames, time = container.decode(stream), -1.0
+        for row, wanted in enumerate(seconds):
+            while time < wanted - tolerance:
+                frame = next(frames, None)
+                if frame is None:
+                    raise ValueError(f"'{path}' ends at {max(time, 0):.3f} s, but row {row} wants "
+                                     f"the picture at {wanted:.3f} s")
+                time = frame.time
+            if time > wanted + tolerance:
+                raise ValueError(f"'{path}' has no picture at {wanted:.3f} s, which row {row} "
+                                 f"wants; the next is at {time:.3f} s")
+            yield jpeg(frame.to_ndarray(format="bgr24"), size)
+
+
+def picture_of(encoded: bytes | None, size: int) -> bytes:
+    """A picture that stands in the table."""
+    import cv2
+    picture = cv2.imdecode(np.frombuffer(encoded or b"", np.uint8), cv2.IMREAD_COLOR)
+    if picture is None:
+        raise ValueError("a picture of its table is missing or broken")
+    return jpeg(picture, size)
 
 
 # ------------------------------------------------------------ registry and mixes (data)
@@ -2285,4 +2562,5 @@ MIXES = {
 if __name__ == "__main__":
     import tyro
     tyro.extras.subcommand_cli_from_dict({"list": list_datasets, "inspect": inspect, "stats": stats,
-                                          "from-videos": from_videos}, description=__doc__)
+                                          "from-videos": from_videos, "from-lerobot": from_lerobot},
+                                         description=__doc__)

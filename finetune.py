@@ -13,11 +13,12 @@ pretraining, and from video whose actions are decoded.
         --trunk HuggingFaceTB/SmolVLM2-500M-Video-Instruct              # of shapes
 
 In: RLDS episodes with actions through data_oxe.py, a stage2/ folder of vla.py, and laq.pt2.
-Out, in OUT: policy/ (policy.pt2, tokenizer files, manifest.json `policy.v1`, weights.safetensors),
-last.pt, metrics.jsonl, with --rollout-every rollout/. policy.pt2 maps (images uint8 (B, H, W, 3),
-state float32 (B, Ds), ids, mask int64 (B, L), noise float32 (B, C, A)) to actions float32 (B, C, A)
-in units of the mix's first dataset; it runs with torch alone. With --cameras N images are
-(B, N, H, W, 3), in the order of the manifest's "cameras"; a black one is a missing camera.
+Out, in OUT: policy/ (policy.pt2, tokenizer files, manifest.json `policy.v1`, weights.safetensors,
+and lerobot/, a plugin of LeRobot), last.pt, metrics.jsonl, with --rollout-every rollout/. policy.pt2
+maps (images uint8 (B, H, W, 3), state float32 (B, Ds), ids, mask int64 (B, L), noise float32
+(B, C, A)) to actions float32 (B, C, A) in units of the mix's first dataset; it runs with torch
+alone. With --cameras N images are (B, N, H, W, 3), in the order of the manifest's "cameras"; a black
+one is a missing camera.
 
 Gradient steps on few labels forget what the video taught. So the labelled episodes first teach a
 small decoder, in closed form: a frame pair's latent, with what the trunk made of both frames and
@@ -35,6 +36,7 @@ import base64
 import contextlib
 import copy
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -50,8 +52,9 @@ import sys
 import time
 import traceback
 import zipfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -62,7 +65,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as safetensors_load, load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
@@ -1446,6 +1449,10 @@ def load_stage2(cfg: Config, manifest: dict) -> tuple[Trunk, object]:
     readout = stage2_heads(folder, "trunk.readout")[""]
     if readout.shape != trunk.readout.shape:
         fail(f"--init '{folder}': readout is {tuple(readout.shape)}, trunk is {trunk.width} wide")
+    words = trunk.vlm.get_input_embeddings().num_embeddings
+    if len(tokenizer) > words:
+        fail(f"--init '{folder}': its tokenizer has {len(tokenizer)} tokens, its trunk knows "
+             f"{words}")
     trunk.readout.data.copy_(readout)
     return trunk, tokenizer
 
@@ -1830,6 +1837,7 @@ def export(model: Policy, cfg: Config, step: int, tokenizer, loader, pretraining
                 "head": cfg.head, "dtype": cfg.export_dtype, "pretraining": pretraining,
                 "step": step, "config": asdict(cfg), "torch": torch.__version__}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    export_to_lerobot(folder, policy, cfg, tokenizer, loader)
     publish(folder, Path(cfg.out) / "policy")
 
 
@@ -2593,6 +2601,317 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
         (x @ x)[0, 0].item()
         best = max(best, 2 * n ** 3 / (time.perf_counter() - began))
     return best
+
+
+# ------------------------------------------------------------ a policy of LeRobot
+# policy/lerobot is a package that `pip install` takes and LeRobot's commands find: this file, its
+# data_oxe.py, and pretrained_model/, in the form in which lerobot-train writes its checkpoints.
+LEROBOT_TYPE, STATE, ACTION = "hlrp_smolvla_shared", "observation.state", "action"
+PLUGIN = """[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "lerobot_policy_nanolapa"
+version = "1.0.0"
+requires-python = ">=3.12"
+dependencies = ["lerobot>=0.6.1,<0.7", "transformers>=5.4", "tyro"]
+
+[tool.hatch.build.targets.wheel]
+only-include = ["lerobot_policy_nanolapa.py", "data_oxe.py"]
+"""
+AS_IT_IS = {"VISUAL": "IDENTITY", "STATE": "IDENTITY", "ACTION": "IDENTITY"}    # Policy normalizes
+
+
+def export_to_lerobot(policy_folder: Path, policy: Policy, cfg: Config, tokenizer, loader):
+    """Writes POLICY_FOLDER/lerobot; needs no LeRobot."""
+    folder, side = policy_folder / "lerobot", policy.trunk.image_size
+    model = folder / "pretrained_model"
+    model.mkdir(parents=True)
+    (folder / "pyproject.toml").write_text(PLUGIN)
+    shutil.copyfile(__file__, folder / "lerobot_policy_nanolapa.py")
+    shutil.copyfile(data_oxe.__file__, folder / "data_oxe.py")
+    try:
+        os.link(policy_folder / "weights.safetensors", model / "model.safetensors")
+    except OSError:                                                     # a disk without links
+        shutil.copyfile(policy_folder / "weights.safetensors", model / "model.safetensors")
+    save_trunk(policy.trunk, tokenizer, model)
+    further = loader.plans[0].entry.cameras.split()[:cfg.cameras - 1]
+    cameras = ["observation.image", *(key.replace("/", ".") for key in further)]
+    inputs = {camera: {"type": "VISUAL", "shape": [3, side, side]} for camera in cameras}
+    if loader.state_dim:
+        inputs[STATE] = {"type": "STATE", "shape": [loader.state_dim]}
+    outputs = {ACTION: {"type": "ACTION", "shape": [loader.action_dim]}}
+    config = {"type": LEROBOT_TYPE, "settings": asdict(cfg), "cameras": cameras,
+              "input_features": inputs, "output_features": outputs,
+              "normalization_mapping": AS_IT_IS, "push_to_hub": False}
+    asis = {"eps": 1e-8, "features": {}, "norm_map": AS_IT_IS}
+    on_cpu = {"device": "cpu", "float_dtype": None}
+    before = {"rename_observations_processor": {"rename_map": {}}, "to_batch_processor": {},
+              "device_processor": on_cpu, "normalizer_processor": asis}
+    after = {"unnormalizer_processor": asis, "device_processor": on_cpu}
+    files = {"config": config}
+    for name, steps in {"policy_preprocessor": before, "policy_postprocessor": after}.items():
+        steps = [{"registry_name": step, "config": values} for step, values in steps.items()]
+        files[name] = {"name": name, "steps": steps}
+    for name, content in files.items():
+        (model / f"{name}.json").write_text(json.dumps(content, indent=1))
+
+
+def save_trunk(trunk: Trunk, tokenizer, folder: Path):
+    """FOLDER/trunk: what tells the trunk's shape and reads its text, without weights."""
+    trunk.vlm.config.save_pretrained(folder / "trunk")
+    tokenizer.save_pretrained(folder / "trunk")
+    chat = {name: getattr(trunk, name).tolist() for name in ("before", "between", "after")}
+    (folder / "trunk/chat.json").write_text(json.dumps(chat))
+
+
+def empty_trunk(folder: Path) -> tuple[Trunk, object]:
+    """The trunk that save_trunk described, whose weights are still to come; its tokenizer."""
+    kind = json.loads((folder / "trunk/config.json").read_text())["model_type"]
+    config, vlm, trunk = {"smolvlm": (SmolVLMConfig, SmolVLMModel, Trunk),
+                          "dual": (DualConfig, DualVLM, DualTrunk)}[kind]
+    vlm = vlm(config.from_pretrained(folder / "trunk"))
+    chat = json.loads((folder / "trunk/chat.json").read_text())
+    return trunk(vlm, **chat), pretrained("tokenizer", AutoTokenizer, str(folder / "trunk"))
+
+
+def statistics_of(stats: dict, config) -> dict:
+    """Policy's offsets and scales: mean and deviation, as LeRobot's quantiles of a dataset are
+    means of the episodes'. Exits where some are missing."""
+    out = {}
+    for what, key, feature in (("action", ACTION, config.action_feature),
+                               ("state", STATE, config.robot_state_feature)):
+        width, its = feature.shape[0] if feature else 0, stats.get(key, {})
+        if width and not its.keys() >= {"mean", "std"}:
+            fail(f"the dataset's statistics of '{key}' lack mean and std, without which it has "
+                 f"no scale; there are {sorted(its)}")
+        offset, scale = (torch.as_tensor(its[name] if width else []).float().reshape(1, width)
+                         for name in ("mean", "std"))
+        out[f"{what}_offset"] = offset
+        out[f"{what}_scale"] = torch.where(scale < 1e-4, 1.0, scale)
+    return out
+
+
+def empty_statistics(path: Path) -> dict:
+    """Of the shapes that a file's have; exits where it has none."""
+    names = [f"{what}_{part}" for what in ("action", "state") for part in ("offset", "scale")]
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
+    except (OSError, SafetensorError) as error:
+        fail(f"'{path}' has no statistics of actions and state ({error})")
+    return {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+
+
+def check_features(config, cfg: Config, stats: dict):
+    """Exits where the dataset or the environment is of another robot."""
+    for what, feature in (("action", config.action_feature),
+                          ("state", config.robot_state_feature)):
+        its = feature.shape[0] if feature else 0
+        if its != (width := stats[f"{what}_offset"].shape[1]):
+            fail(f"the policy's {what} is {width} wide, that of the dataset or environment {its}")
+    if len(config.cameras) != cfg.cameras:
+        fail(f"--policy.cameras {config.cameras}: the policy sees {getattr(cfg, 'cameras', 1)}")
+    if not 0 <= config.n_action_steps <= cfg.chunk:
+        fail(f"--policy.n_action_steps {config.n_action_steps} of a chunk of {cfg.chunk}")
+
+
+def inputs_of(batch: dict, cameras: list[str], policy: Policy, tokens, learns: bool) -> dict:
+    """LeRobot's batch -> what Policy takes. It holds a picture (B, 3, H, W), uint8 or 0..1, a
+    camera, observation.state (B, Ds), task (list of B str), and, to learn, action (B, C, A) and
+    action_is_pad (B, C). Raises ValueError where one lacks or has another shape."""
+    views = [picture_of(batch, camera, policy.trunk.image_size) for camera in cameras]
+    B, device, texts = len(views[0]), views[0].device, batch.get("task")
+    if not isinstance(texts, list | tuple) or len(texts) != B:
+        raise ValueError(f"'task' must be {B} instructions, is {texts!r}")
+    chunk = B, policy.cfg.chunk, policy.action_dim
+    none_padded = torch.zeros(chunk[:2], dtype=torch.bool, device=device)
+    told = {"frames": views[0][:, None], "instruction": list(texts),
+            "state": numbers_of(batch, STATE, (B, policy.state_offset.shape[1]), device),
+            "actions": numbers_of(batch if learns else {ACTION: torch.zeros(chunk)}, ACTION, chunk,
+                                  device),
+            "action_mask": ~(batch.get("action_is_pad", none_padded) if learns else none_padded),
+            "dataset": torch.zeros(B, dtype=torch.int64, device=device)}
+    if len(views) > 1:
+        told["views"] = torch.stack(views[1:], 1)
+    return to_inputs(told, policy, tokens, device)
+
+
+def picture_of(batch: dict, camera: str, side: int):
+    """uint8 (B, S, S, 3)"""
+    x = batch.get(camera)
+    if x is None:
+        there = [name for name in batch if name.startswith("observation.image")]
+        raise ValueError(f"there is no camera '{camera}', only {there}; say which is it: "
+                         f"--rename_map={{NAME: {camera}}}")
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise ValueError(f"'{camera}' must be (B, 3, H, W), is {tuple(x.shape)}")
+    x = (255 * x).round().to(torch.uint8) if x.is_floating_point() else x
+    return data_oxe.resize_to(x.permute(0, 2, 3, 1), side)
+
+
+def numbers_of(batch: dict, name: str, shape: tuple, device):
+    if not shape[-1]:
+        return torch.zeros(shape, device=device)
+    x = batch.get(name)
+    if x is None or tuple(x.shape) != shape:
+        its = "missing" if x is None else tuple(x.shape)
+        raise ValueError(f"'{name}' must be {shape}, is {its}")
+    return x.float().to(device)
+
+
+lerobot = importlib.util.find_spec("lerobot")
+if lerobot and lerobot.origin:                              # not just a folder of that name
+    from huggingface_hub import snapshot_download
+    from lerobot.configs import NormalizationMode
+    from lerobot.configs import PreTrainedConfig as LeRobotConfig
+    from lerobot.optim import AdamWConfig, LRSchedulerConfig
+    from lerobot.policies.pretrained import PreTrainedPolicy
+    from lerobot.processor import make_default_policy_processor_steps
+    from lerobot.processor import make_policy_processor_pipelines
+
+    @LRSchedulerConfig.register_subclass(LEROBOT_TYPE)
+    @dataclass
+    class NanoLapaSchedule(LRSchedulerConfig):
+        """lr_at's, over the run's steps."""
+        settings: dict = field(default_factory=dict)
+        num_warmup_steps: int = 0
+
+        def build(self, optimizer, num_training_steps: int):
+            cfg = Config(**self.settings | {"steps": num_training_steps})
+            return torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: lr_at(cfg, step) / cfg.lr)
+
+    @LeRobotConfig.register_subclass(LEROBOT_TYPE)
+    @dataclass
+    class NanoLapaConfig(LeRobotConfig):
+        stage2: str = ""            # of vla.py, to train from; 'none': from settings' trunk
+        settings: dict = field(default_factory=dict)        # of Config: of model and optimizer
+        cameras: list[str] = field(default_factory=list)    # it sees; none: the dataset's only one
+        n_action_steps: int = 0     # of a chunk, before the next is predicted; 0: all
+        normalization_mapping: dict[str, NormalizationMode] = field(
+            default_factory=lambda: dict.fromkeys(AS_IT_IS, NormalizationMode.IDENTITY))
+
+        def stage(self) -> tuple[Config, dict]:
+            """finetune.py's settings, and stage 2's manifest where it trains from one."""
+            if unknown := set(self.settings) - {f.name for f in fields(Config)}:
+                fail(f"--policy.settings has {sorted(unknown)[0]!r}, which the installed "
+                     f"lerobot_policy_nanolapa does not know")
+            cfg = Config(**self.settings)
+            if self.pretrained_path:
+                return cfg, {}
+            if not self.stage2:
+                fail("--policy.stage2 must be a folder of vla.py, or 'none': without either the "
+                     "trunk would be random")
+            cfg.init, cfg.normalize = self.stage2, "meanstd"                # see statistics_of
+            pretraining = read_stage2(cfg)
+            check(cfg, pretraining)
+            return cfg, pretraining
+
+        def validate_features(self):
+            """Finds the only camera; exits where there is a choice, or none."""
+            there = list(self.image_features)
+            if not self.cameras and len(there) == 1:
+                self.cameras = there
+            missing = [name for name in self.cameras if name not in there]
+            if missing or not self.cameras:
+                fail(f"--policy.cameras {self.cameras} must name what the policy sees of {there}")
+            if not self.action_feature:
+                fail(f"there is no '{ACTION}' to learn; the features are "
+                     f"{[*self.input_features, *self.output_features]}")
+            self.input_features = {name: feature for name, feature in self.input_features.items()
+                                   if name in (*self.cameras, STATE)}
+
+        def get_optimizer_preset(self) -> AdamWConfig:
+            cfg, _ = self.stage()
+            return AdamWConfig(lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay,
+                               grad_clip_norm=cfg.grad_clip)
+
+        def get_scheduler_preset(self) -> NanoLapaSchedule:
+            cfg, _ = self.stage()
+            return NanoLapaSchedule(settings=asdict(cfg), num_warmup_steps=cfg.warmup_steps)
+
+        @property
+        def action_delta_indices(self) -> list[int]:
+            return list(range(Config(**self.settings).chunk))
+
+        observation_delta_indices = reward_delta_indices = None
+
+    class NanoLapaPolicy(PreTrainedPolicy):
+        """Policy behind LeRobot's interface."""
+
+        config_class, name = NanoLapaConfig, LEROBOT_TYPE
+
+        def __init__(self, config: NanoLapaConfig, dataset_stats: dict | None = None, **others):
+            super().__init__(config)
+            config.validate_features()
+            cfg, pretraining = config.stage()
+            if config.pretrained_path:
+                trunk, tokenizer = empty_trunk(Path(config.pretrained_path))
+                stats = empty_statistics(Path(config.pretrained_path) / "model.safetensors")
+            else:
+                trunk, tokenizer = load_stage2(cfg, pretraining)
+                stats = statistics_of(dataset_stats or {}, config)
+            config.settings = asdict(cfg)
+            self.policy, self.tokens = Policy(cfg, trunk, stats), Tokens(tokenizer, cfg.text_len)
+            check_features(config, cfg, stats)
+            self.reset()
+
+        @classmethod
+        def from_pretrained(cls, pretrained_name_or_path, *, config=None, revision=None, **options):
+            path = Path(pretrained_name_or_path)
+            if not path.is_dir():                                       # a name of the hub
+                path = Path(snapshot_download(str(path), revision=revision))
+            config = config or LeRobotConfig.from_pretrained(path)
+            config.pretrained_path = path
+            return super().from_pretrained(path, config=config, **options)
+
+        @classmethod
+        def _load_as_safetensor(cls, model, path: str, device: str, strict: bool):
+            try:
+                model.policy.load_state_dict(load_file(path))           # all of it, always
+            except (RuntimeError, OSError, SafetensorError) as error:
+                fail(f"'{path}' does not fit its config.json: {' '.join(str(error).split())}")
+            return model
+
+        def _save_pretrained(self, folder: Path, state_dict: dict | None = None):
+            self.config._save_pretrained(folder)
+            state = {name.removeprefix("policy."): x.contiguous()
+                     for name, x in (state_dict or self.state_dict()).items()}
+            save_file(state, folder / "model.safetensors")
+            save_trunk(self.policy.trunk, self.tokens.tokenizer, folder)
+
+        def inputs(self, batch: dict, learns: bool) -> dict:
+            return inputs_of(batch, self.config.cameras, self.policy, self.tokens, learns)
+
+        def get_optim_params(self) -> list[dict]:
+            groups = make_optimizer(self.policy.cfg, self.policy).param_groups
+            return [{name: group[name] for name in ("params", "weight_decay")} for group in groups]
+
+        def forward(self, batch: dict):
+            parts = self.policy(self.inputs(batch, learns=True))
+            return sum(parts.values()), {name: part.item() for name, part in parts.items()}
+
+        @torch.no_grad()
+        def predict_action_chunk(self, batch: dict, **noise):
+            return self.policy.act(self.inputs(batch, learns=False), **noise)       # (B, C, A)
+
+        def select_action(self, batch: dict, **noise):
+            if not self.queue:
+                chunk = self.predict_action_chunk(batch, **noise)
+                self.queue.extend(chunk[:, :self.config.n_action_steps or None].unbind(1))
+            return self.queue.popleft()                                             # (B, A)
+
+        def reset(self):
+            self.queue = deque()
+
+    def make_hlrp_smolvla_shared_pre_post_processors(config, dataset_stats=None):
+        """Names, batch and device: the policy itself normalizes."""
+        steps = make_default_policy_processor_steps(config)
+        return make_policy_processor_pipelines(
+            [steps.rename_observations, steps.add_batch_dim, steps.to_device, steps.normalize],
+            [steps.unnormalize, steps.to_cpu])
 
 
 if __name__ == "__main__":
