@@ -1353,12 +1353,12 @@ def replayed(cfg: Config) -> Tested:
         path, success, actions = tf.io.parse_single_example(record, wire).values()
         _, _, place = path.numpy().decode().rpartition(f"{cfg.world}/")
         task, _, seed = place.partition("/")
-        if task in cfg.tasks and success.numpy() and counts[task] < cfg.episodes:
-            counts[task] += 1
+        counts[task] += int(success.numpy())
+        if task in cfg.tasks and success.numpy() and counts[task] <= cfg.episodes:
             recorded[task, int(seed)] = actions.numpy()
     if missing := [task for task in cfg.tasks if not counts[task]]:
         fail(f"--check replay: '{cfg.data}/{name}' has no successful episode of '{missing[0]}', "
-             f"only of {', '.join(counts) or 'other tasks'}")
+             f"only of {', '.join(counts)}")
     checksum = hashlib.sha256(b"".join(x.tobytes() for x in recorded.values())).hexdigest()[:16]
     return Tested("replay", f"{cfg.data}/{name}", Path(cfg.out),
                   {"camera": camera, "views": [camera]}, checksum, instructions(cfg), recorded)

@@ -55,7 +55,9 @@ class Fragile(Reach):
 
     def reset(self, seed=None, options=None):
         mark = Path(os.environ["FRAGILE"])
-        if seed == 3 or seed == 6 and not mark.exists():
+        if seed == 6 and not mark.exists():
             mark.touch()
+            os._exit(9)
+        if seed == 3:
             os._exit(9)
         return super().reset(seed=seed)
