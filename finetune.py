@@ -220,7 +220,7 @@ class Features(NamedTuple):
         return self.tokens[:, -1] + self.state                          # (B, W)
 
 
-class Head(nn.Module):
+class ActionHead(nn.Module):
     """An action head.
 
     loss(features, chunk (B, C, A), normalized) -> error of each number, (B, C, A)
@@ -235,7 +235,7 @@ class Head(nn.Module):
         return []                                                       # see shard
 
 
-class ReadOut(Head):
+class ReadOut(ActionHead):
     """A linear read-out, set in closed form before the first step (start_at_closed_form): what few
     labels say is there at once, and what a subclass adds starts as zero."""
 
@@ -278,7 +278,7 @@ class Latent(MLP):
         return torch.cat([latent, features.state], 1)
 
 
-class Flow(Head):
+class ActionFlow(ActionHead):
     """--head flow: flow matching, given the readout and the state (FlowHead)."""
 
     def __init__(self, cfg: Config, trunk: "Trunk", action_dim: int):
@@ -293,7 +293,7 @@ class Flow(Head):
         return self.flow.sample(features.pooled(), noise.flatten(1)).unflatten(1, self.shape)
 
 
-class Bins(Head):
+class Bins(ActionHead):
     """--head bins: each number is one of 256 equal bins between its 1st and 99th percentile, as in
     RT-2 (2307.15818) and OpenVLA (2406.09246), but all at once; cross-entropy, the likeliest."""
 
@@ -431,8 +431,8 @@ def start_as_zero(layer: nn.Linear):
     nn.init.zeros_(layer.bias)
 
 
-# a new one is a class that keeps to Head
-HEADS = {"mlp": MLP, "expert": Expert, "flow": Flow, "bins": Bins, "latent": Latent}
+# a new one is a class that keeps to ActionHead
+HEADS = {"mlp": MLP, "expert": Expert, "flow": ActionFlow, "bins": Bins, "latent": Latent}
 
 
 class Decoder:
