@@ -1315,7 +1315,7 @@ def episode_values(builder, features: dict, key: str) -> list[str | None]:
 
 
 def world_of(data: str, name: str) -> tuple[str, list[str]]:
-    """The world and the tasks that a recording of rollout.py holds: its files are WORLD/TASK/SEED."""
+    """World and tasks that a recording of rollout.py holds: its files are WORLD/TASK/SEED."""
     builder = open_builder(data, name, find_entry(data, name))
     features = flat_features(builder)
     if "episode_metadata/task" not in features:
