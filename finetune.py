@@ -14,11 +14,11 @@ pretraining, and from video whose actions are decoded.
 
 In: RLDS episodes with actions through data_oxe.py, a stage2/ folder of vla.py, and laq.pt2.
 Out, in OUT: policy/ (policy.pt2, tokenizer files, manifest.json `policy.v1`, weights.safetensors,
-and lerobot/, a plugin of LeRobot), last.pt, metrics.jsonl, with --rollout-every rollout/. policy.pt2
-maps (images uint8 (B, H, W, 3), state float32 (B, Ds), ids, mask int64 (B, L), noise float32
-(B, C, A)) to actions float32 (B, C, A) in units of the mix's first dataset; it runs with torch
-alone. With --cameras N images are (B, N, H, W, 3), in the order of the manifest's "cameras"; a black
-one is a missing camera.
+and lerobot/, a plugin of LeRobot), last.pt, metrics.jsonl, with --rollout-every rollout/.
+policy.pt2 maps (images uint8 (B, H, W, 3), state float32 (B, Ds), ids, mask int64 (B, L), noise
+float32 (B, C, A)) to actions float32 (B, C, A) in units of the mix's first dataset; it runs with
+torch alone. With --cameras N images are (B, N, H, W, 3), in the order of the manifest's "cameras";
+a black one is a missing camera.
 
 Gradient steps on few labels forget what the video taught. So the labelled episodes first teach a
 small decoder, in closed form: a frame pair's latent, with what the trunk made of both frames and
@@ -1837,7 +1837,8 @@ def export(model: Policy, cfg: Config, step: int, tokenizer, loader, pretraining
                 "head": cfg.head, "dtype": cfg.export_dtype, "pretraining": pretraining,
                 "step": step, "config": asdict(cfg), "torch": torch.__version__}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    export_to_lerobot(folder, policy, cfg, tokenizer, loader)
+    if cfg.head != "latent":                                            # which needs stage2/
+        export_to_lerobot(folder, policy, cfg, tokenizer, loader)
     publish(folder, Path(cfg.out) / "policy")
 
 
@@ -1862,18 +1863,19 @@ def bench(cfg: Config) -> int:
     millions = sum(x.numel() for x in program.parameters()) / 1e6
     print(f"{cfg.bench_policy}: {millions:.1f}M parameters; torch {torch.__version__}, {threads} "
           f"CPU threads; ms of the first call, then medians")
-    print(f"{'':13s} batch", *(f"{name:>8s}" for name in BENCHED))
+    print(f"{'':5s} batch", *(f"{name:>8s}" for name in BENCHED))
     rows = []
-    for device in ["cpu", *["cuda", "cuda compiled"] * on_gpu]:
+    for device in ["cpu", *["cuda"] * on_gpu]:
         each = 0.0                                                      # ms a sample
         for batch in (1, 8, 32):
             if each * batch > 15_000:
-                print(f"{device:13s} {batch:5d} left out, it would take {each * batch / 1e3:.0f} s")
+                print(f"{device:5s} {batch:5d} left out, it would take {each * batch / 1e3:.0f} s")
                 continue
             times = time_program(program, device, batch)
-            each = times[1] / batch
-            print(f"{device:13s} {batch:5d}", *(f"{x:8.5g}" for x in times), flush=True)
-            rows.append({"device": device, "batch": batch, **dict(zip(BENCHED, times))})
+            each = times["steady"] / batch
+            print(f"{device:5s} {batch:5d}", *(f"{times[x]:8.5g}" if x in times else 7 * " " + "-"
+                                               for x in BENCHED), flush=True)
+            rows.append({"device": device, "batch": batch, **times})
     found = {"policy": cfg.bench_policy, "threads": threads, "torch": torch.__version__,
              "rows": rows, "config": asdict(cfg)}
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
@@ -1881,7 +1883,7 @@ def bench(cfg: Config) -> int:
     return 0
 
 
-BENCHED = "first", "steady", "vision", "prefix", "head", "peak MB"
+BENCHED = "first", "steady", "graph", "vision", "prefix", "head", "peak MB"
 
 
 def random_policy(cfg: Config) -> Policy:
@@ -1894,17 +1896,18 @@ def random_policy(cfg: Config) -> Policy:
 
 
 @torch.no_grad()
-def time_program(program, how: str, batch: int) -> list[float]:
-    """BENCHED. The peak is of the process so far, or of the GPU's tensors."""
-    device, _, compiled = how.partition(" ")
-    if device == "cuda":
+def time_program(program, device: str, batch: int) -> dict:
+    """BENCHED; "graph" on a GPU. The peak is of the process so far, or of the GPU's tensors."""
+    on_gpu = device == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         program = move_to_device_pass(copy.deepcopy(program), device)
     examples = [node.meta["val"] for node in program.graph.nodes
                 if node.name in program.graph_signature.user_inputs]
     inputs = [torch.ones(batch, *x.shape[1:], dtype=x.dtype, device=device) for x in examples]
-    prepare = partial(torch.compile, dynamic=False) if compiled else lambda module: module
-    first, steady = time_call(prepare(program.module()), inputs, device)
+    times = dict(zip(("first", "steady"), time_call(program.module(), inputs, device)))
+    if on_gpu:
+        times["graph"] = time_call(as_graph(program.module(), inputs), [], device)[1]
     parts, given = in_parts(program.module()), []
     modules = [getattr(parts, f"submod_{i}") for i in range(3)]
     hooks = [module.register_forward_pre_hook(lambda module, args: given.append(args))
@@ -1912,11 +1915,23 @@ def time_program(program, how: str, batch: int) -> list[float]:
     parts(*inputs)
     for hook in hooks:
         hook.remove()
-    times = [time_call(prepare(module), args, device)[1] for module, args in zip(modules, given)]
+    for name, module, args in zip(("vision", "prefix", "head"), modules, given):
+        times[name] = time_call(module, args, device)[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 1e6
-    return [first, steady, *times, peak]
+    return times | {"peak MB": torch.cuda.max_memory_allocated() / 1e6 if on_gpu else peak}
+
+
+def as_graph(module, inputs: list):
+    """A CUDA graph: what the module asks of the GPU, recorded once, to replay without Python
+    between kernels."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):                                              # warm-up, as it asks for
+            module(*inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        module(*inputs)
+    return graph.replay
 
 
 def in_parts(program: nn.Module) -> nn.Module:
@@ -2642,7 +2657,8 @@ def export_to_lerobot(policy_folder: Path, policy: Policy, cfg: Config, tokenize
     if loader.state_dim:
         inputs[STATE] = {"type": "STATE", "shape": [loader.state_dim]}
     outputs = {ACTION: {"type": "ACTION", "shape": [loader.action_dim]}}
-    config = {"type": LEROBOT_TYPE, "settings": asdict(cfg), "cameras": cameras,
+    settings = asdict(replace(cfg, lora_rank=0))                        # merged by now
+    config = {"type": LEROBOT_TYPE, "settings": settings, "cameras": cameras,
               "input_features": inputs, "output_features": outputs,
               "normalization_mapping": AS_IT_IS, "push_to_hub": False}
     asis = {"eps": 1e-8, "features": {}, "norm_map": AS_IT_IS}
@@ -2799,6 +2815,9 @@ if lerobot and lerobot.origin:                              # not just a folder 
                 fail(f"--policy.settings has {sorted(unknown)[0]!r}, which the installed "
                      f"lerobot_policy_nanolapa does not know")
             cfg = Config(**self.settings)
+            if cfg.head == "latent":
+                fail("--policy.settings: head 'latent' needs stage 2's folder wherever it runs; "
+                     "give another head")
             if self.pretrained_path:
                 return cfg, {}
             if not self.stage2:
@@ -2853,6 +2872,7 @@ if lerobot and lerobot.origin:                              # not just a folder 
             else:
                 trunk, tokenizer = load_stage2(cfg, pretraining)
                 stats = statistics_of(dataset_stats or {}, config)
+            freeze(trunk, cfg)
             config.settings = asdict(cfg)
             self.policy, self.tokens = Policy(cfg, trunk, stats), Tokens(tokenizer, cfg.text_len)
             check_features(config, cfg, stats)

@@ -1,5 +1,5 @@
-"""The stages on a machine without TensorFlow, as GPU machines of a test bench are: on frame pairs
-that were packed into one file where TensorFlow is.
+"""The stages on a GPU machine without TensorFlow: on frame pairs that were packed into one file
+where TensorFlow is.
 
     python tests/gpu.py pack --data data --mix metaworld_corner4        # writes pairs.npz
     python tests/gpu.py vla --laq-ckpt pooled --steps 20 ...            # as `python vla.py ...`
@@ -25,7 +25,7 @@ CHUNK = 50                                  # actions that are packed with a pai
 
 
 def pack(*args):
-    """Writes each split's pairs, 64 px, of the datasets that a stage's flags --data and --mix name."""
+    """Writes each split's pairs, 64 px, of the dataset that a stage's --data and --mix name."""
     import data_oxe
     cfg = tyro.cli(data_oxe.DataConfig, args=args)
     entry = data_oxe.find_entry(cfg.data, cfg.mix)
@@ -42,10 +42,7 @@ def pack(*args):
 
 def without_tensorflow():
     """data_oxe, with a Loader that reads PACKED."""
-    absent = {name: mock.MagicMock() for name in ("tensorflow", "tensorflow_datasets")}
-    with mock.patch.dict(sys.modules, absent):
-        import data_oxe
-    sys.modules["data_oxe"] = data_oxe
+    import data_oxe
     packed = dict(np.load(PACKED))
 
     class Packed(data_oxe.Loader):
