@@ -134,8 +134,8 @@ def test_a_batch_is_as_its_episodes_one_by_one(stages, tmp_path):
     one, = rollout.policies(cfg)
     rng = np.random.default_rng(0)
     seen = [(rng.integers(0, 255, (1, 64, 64, 3), np.uint8),
-             *rng.standard_normal((2, 4), np.float32)
-             [:1], rng.standard_normal((8, 4), np.float32)) for _ in range(5)]
+             rng.standard_normal(4, np.float32), rng.standard_normal((8, 4), np.float32))
+            for _ in range(5)]
     tasks = [TASKS[i % 2] for i in range(5)]
     together = one.act(tasks, seen)
     alone = [one.act([task], [x])[0] for task, x in zip(tasks, seen)]
