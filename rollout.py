@@ -1639,7 +1639,7 @@ def facts_of(run: dict) -> dict:
 
 def lines_of(table: dict, found: dict[str, list[dict]]) -> list[str]:
     """The table as text, a column an arm; then what crashed, and which episodes these are."""
-    rows = table_rows(table)
+    rows = cells_of(table)
     widths = [max(map(len, column)) + 2 for column in zip(*rows)]
     lines = ["".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows]
     lines += [f"crashed in {name}: {task} at seed {seed}"
@@ -1651,7 +1651,7 @@ def lines_of(table: dict, found: dict[str, list[dict]]) -> list[str]:
                     f"{distract}"]
 
 
-def table_rows(table: dict) -> list[list[str]]:
+def cells_of(table: dict) -> list[list[str]]:
     arms = list(table.values())
     tasks, runs = arms[0]["tasks"], [arm["runs"][0] for arm in arms]
     rows = [["success rate [95% interval]", *table]]

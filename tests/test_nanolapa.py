@@ -251,7 +251,7 @@ def test_a_distracted_recording_is_read_and_its_camera_known(stages, tmp_path, m
     spec.update(datasets={name: 64}, units_of=name)
     (tmp_path / "manifest.json").write_text(json.dumps(spec))
     monkeypatch.setattr(rollout, "open_program", lambda path: None)
-    spec = rollout.load_manifest(rollout.Config(policy=str(tmp_path)))
+    spec = rollout.load_manifest(str(tmp_path), rollout.Config())
     assert (spec["camera"], spec["source_size"]) == ("corner4", 64)
 
 

@@ -425,7 +425,7 @@ def test_a_broken_stage2_without_checksums_is_one_line(broken, says, stages, tmp
 def test_a_broken_policy_is_one_line(broken, stages, tmp_path):
     folder = broken_copy(stages / "ft/policy", tmp_path / "policy", broken, "changed")
     with pytest.raises(SystemExit, match=f"{broken}' is damaged or missing") as error:
-        rollout.load_manifest(rollout.Config(policy=str(folder)))
+        rollout.load_manifest(str(folder), rollout.Config())
     assert "\n" not in error.value.code
 
 
