@@ -8,6 +8,7 @@ import pytest
 import torch
 from common import OnlyMeta
 
+import data_oxe
 import finetune
 import vla
 from test_laq import overfit
@@ -264,7 +265,9 @@ def test_a_policy_on_a_trunk_deploys(name, tmp_path):
     trunk, tokenizer = toy(name)
     policy = finetune.Policy(finetune.Config(), trunk, stats_of())
     cfg = finetune.Config(out=str(tmp_path))
-    loader = SimpleNamespace(action_dim=4, state_dim=4, names=["x"], source_size={}, counts={})
+    plan = SimpleNamespace(entry=data_oxe.Entry())
+    loader = SimpleNamespace(action_dim=4, state_dim=4, names=["x"], source_size={}, counts={},
+                             plans=[plan])
     finetune.export(policy, cfg, 0, tokenizer, loader, {})
     program, _ = finetune.open_program(tmp_path / "policy/policy.pt2")
     example = finetune.example_of(policy, cfg)
