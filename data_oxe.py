@@ -185,7 +185,6 @@ class Loader:
                           demonstrations=demonstrations, fraction=fraction, cameras=cameras,
                           rank=rank, world=world)
         self.plans = [plan_of(name) for name in parse_mix(cfg.mix)]
-        check_cameras(self.plans, cameras)
         self.describe_mix()
         self.faults = Faults(self.plans, cfg.max_bad)
         self.seed = seed + 1_000_003 * rank if split == "train" else seed
@@ -2109,7 +2108,7 @@ def from_lerobot(source: str, name: str, data: str = "data", cameras: tuple[str,
         for number in tqdm(left, desc=name, unit="episode", disable=None):
             try:
                 episode = lerobot_episode(recorded, number, keys, size, stride, kinds)
-            except (av.FFmpegError, FileNotFoundError, KeyError, ValueError) as error:
+            except (av.FFmpegError, OSError, KeyError, ValueError) as error:
                 broken += 1
                 print(f"data_oxe: left out episode {number} of '{source}': "
                       f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -2194,8 +2193,12 @@ class LeRobotFolder:
         for name in cameras:
             if name not in known:
                 fail(f"'{self.folder}' has no camera '{name}'; it has: {', '.join(known)}")
-        chosen = [(name, known[name]) for name in cameras or known]
-        return {f"image_{re.sub(r'[^a-zA-Z0-9]', '_', name)}" if number else "image": key
+        chosen = [(re.sub(r"[^a-zA-Z0-9]", "_", name), known[name]) for name in cameras or known]
+        names = [name for name, _ in chosen]
+        if len(set(names)) < len(names):
+            fail(f"cameras of '{self.folder}' would have the same name, in {', '.join(names)}; "
+                 f"choose with --cameras")
+        return {f"image_{name}" if number else "image": key
                 for number, (name, key) in enumerate(chosen)}
 
     def table(self, episode: int, keys: list[str]) -> dict[str, list]:
@@ -2261,7 +2264,7 @@ def features_of_lerobot(images: list[str], widths: dict, size: int, tells_succes
 
 def lerobot_episode(recorded: LeRobotFolder, number: int, keys: dict, size: int, stride: int,
                     kinds: str) -> dict:
-    """Raises av.FFmpegError, FileNotFoundError, KeyError, ValueError where it is faulty."""
+    """Raises av.FFmpegError, OSError, KeyError, ValueError where it is faulty."""
     columns = ["action", *(key for key in ("observation.state", "next.success")
                            if key in recorded.features)]
     stored = [key for key in keys.values() if recorded.features[key]["dtype"] == "image"]
@@ -2270,7 +2273,8 @@ def lerobot_episode(recorded: LeRobotFolder, number: int, keys: dict, size: int,
     seconds, images = np.float64(table["timestamp"]).reshape(-1)[::stride], {}
     for image, key in keys.items():
         if key in stored:
-            images[image] = [picture_of(cell["bytes"], size) for cell in table[key][::stride]]
+            cells = table[key][::stride]
+            images[image] = [picture_of((cell or {}).get("bytes"), size) for cell in cells]
             continue
         path, start = recorded.video(number, key)
         images[image] = list(pictures_at(path, start + seconds, size, 0.25 / recorded.fps))
@@ -2325,7 +2329,9 @@ def pictures_at(path: Path, seconds: np.ndarray, size: int, tolerance: float):
 def picture_of(encoded: bytes | None, size: int) -> bytes:
     """A picture that stands in the table."""
     import cv2
-    picture = cv2.imdecode(np.frombuffer(encoded or b"", np.uint8), cv2.IMREAD_COLOR)
+    picture = None
+    if encoded:
+        picture = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
     if picture is None:
         raise ValueError("a picture of its table is missing or broken")
     return jpeg(picture, size)

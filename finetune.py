@@ -36,7 +36,6 @@ import base64
 import contextlib
 import copy
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -294,10 +293,11 @@ class ActionFlow(ActionHead):
 
 
 class Bins(ActionHead):
-    """--head bins: each number is one of 256 equal bins between its 1st and 99th percentile, as in
-    RT-2 (2307.15818) and OpenVLA (2406.09246), but all at once; cross-entropy, the likeliest."""
+    """--head bins: each number is in one of the bins between 256 even edges from its 1st to its
+    99th percentile, as in OpenVLA (2406.09246) after RT-2 (2307.15818), but all at once;
+    cross-entropy, the likeliest. What never moves is 0 and the middle of a bin."""
 
-    bins = 256
+    bins = 255
 
     def __init__(self, cfg: Config, trunk: "Trunk", action_dim: int):
         super().__init__(cfg, action_dim)
@@ -305,7 +305,7 @@ class Bins(ActionHead):
         self.mlp = two_layers(trunk.width, cfg.head_width, out)
 
     def loss(self, features: Features, chunk):
-        scores = self.scores(features).flatten(0, 2).float()            # (B * C * A, 256)
+        scores = self.scores(features).flatten(0, 2).float()            # (B * C * A, bins)
         error = F.cross_entropy(scores, self.bin_of(chunk).flatten(), reduction="none")
         return error.view_as(chunk)
 
@@ -449,7 +449,8 @@ class Decoder:
         """episodes: how many are labelled."""
         self.targets, self.labeller = cfg.targets, labeller
         self.tokens, self.device = tokens, device
-        self.trunk = shard(copy.deepcopy(model.trunk).eval(), cfg)
+        shared = frozen_of(model) if cfg.parallel == "ddp" else {}
+        self.trunk = shard(copy.deepcopy(model.trunk, shared).eval(), cfg)
         self.shape = cfg.chunk, model.action_dim
         load = partial(data_oxe.Loader, image_size=max(labeller.image_size, self.trunk.image_size),
                        horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk,
@@ -891,7 +892,6 @@ def main(cfg: Config) -> int:
     micro = cfg.micro_batch or local                                    # samples a forward pass
     labeller = load_labeller(cfg.laq_ckpt, device) if cfg.laq_ckpt else None
     trunk, tokenizer = load_stage2(cfg, pretraining)
-    freeze(trunk, cfg)
     tokens = Tokens(tokenizer, cfg.text_len)
     loader = Sources(cfg, trunk.image_size, labeller, local, rank, world)
     fit_loader, val_loader = labelled_loaders(cfg, trunk.image_size)
@@ -924,6 +924,7 @@ def main(cfg: Config) -> int:
                 metrics |= rollouts(average, step, stop_flag)           # {} where none are due
             log.validation(step, metrics, describe(metrics))
             save.judge(step, keep_best(best, average, judged(metrics, cfg)))
+            stop = rollouts.stopped                                     # --resume repeats them
         if stop or last or (step > start and save.due(step)):
             with log.paused():
                 save(step, wait=stop or last)
@@ -994,10 +995,15 @@ def start_at_closed_form(model: Policy, batches: list[dict], penalty: float = 0.
     head.linear.bias.copy_(mean - center @ slope)
 
 
+def frozen_of(model: nn.Module) -> dict:
+    """What deepcopy need not copy."""
+    return {id(p): p for p in model.parameters() if not p.requires_grad}
+
+
 def twin(model: Policy, cfg: Config) -> Policy:
     """A copy, sharded as the model is; unless sharded, it shares what is frozen."""
     if not isinstance(model, FSDPModule):
-        return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+        return copy.deepcopy(model, frozen_of(model))
     copied = shard(copy.deepcopy(model.hollow), cfg)
     state = {name: x.clone() for name, x in model.state_dict().items()}
     copied.load_state_dict(state, assign=True)
@@ -1038,13 +1044,15 @@ class Rollouts:
     a simulator that does not start is told at once. Results, videos, log: OUT/rollout/step_N.
 
     rollouts(model, step, stop_flag) -> {"success": share, "failures": number of episodes}; {} where
-    none are due, or a signal came meanwhile. All ranks call it.
+    none are due, or a signal, `stopped`, came meanwhile. All ranks call it. Episodes in which the
+    simulator crashed count as failures.
     """
 
     seeds = 1           # block of environment seeds, to choose by: another than rollout.py's own
 
     def __init__(self, cfg: Config, tokenizer, loader, pretraining: dict):
         self.cfg, self.handed, self.group = cfg, (tokenizer, loader, pretraining), None
+        self.stopped = 0
         if not cfg.rollout_every:
             return
         name = loader.names[0]
@@ -1062,11 +1070,14 @@ class Rollouts:
         if not every or step % every and step != self.cfg.steps:
             return {}
         folder = Path(self.cfg.out) / f"rollout/step_{step:08d}"
-        export(model, replace(self.cfg, out=str(folder)), step, *self.handed)
         first = int(os.environ.get("RANK", 0)) == 0
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)       # rollouts that did not end
+        export(model, replace(self.cfg, out=str(folder)), step, *self.handed)
         found = [self.run(folder, stop_flag) if first else None]
         if self.group:
             dist.broadcast_object_list(found, 0, self.group)
+        self.stopped = found[0].pop("signal", 0)
         return found[0]
 
     def run(self, folder: Path, stop_flag) -> dict:
@@ -1082,14 +1093,15 @@ class Rollouts:
                 if stop_flag.received:
                     process.terminate()
                     process.wait()
-                    return {}
+                    return {"signal": stop_flag.received}
         if process.returncode:
             said = path.read_text().strip().rpartition("\n")[2]
             fail(f"--rollout-every: rollout.py ended with {process.returncode} ({said}); "
                  f"see '{path}'")
         shutil.rmtree(folder / "policy")
-        every = json.loads((folder / "results.json").read_text())["tasks"]["all"]
-        successes, episodes = every["successes"], every["episodes"]
+        results = json.loads((folder / "results.json").read_text())
+        ended, crashed = results["tasks"]["all"], results["crashed"]
+        episodes, successes = ended["episodes"] + len(crashed), ended["successes"]
         return {"success": successes / episodes, "failures": episodes - successes}
 
 
@@ -1108,6 +1120,7 @@ class Sources:
         self.loaders = [self.labelled]
         self.episodes = sum(plan.used for plan in self.labelled.plans)
         check_widths(self.labelled)
+        data_oxe.check_cameras(self.labelled.plans, cfg.cameras)
         if labeller:
             every = replace(cfg, mix=cfg.video or cfg.mix, episodes_per_task=0)
             self.loaders.append(load(every, batch_size=video,
@@ -1157,7 +1170,8 @@ def check(cfg: Config, pretraining: dict):
     if cfg.trunk_lr <= 0:
         fail(f"--trunk-lr {cfg.trunk_lr} is a share of --lr, above 0; --freeze trunk keeps the "
              f"trunk as it is")
-    if cfg.rollout_every < 0 or cfg.rollout_every % cfg.eval_every or cfg.rollout_episodes < 1:
+    every = max(1, cfg.eval_every)
+    if cfg.rollout_every < 0 or cfg.rollout_every % every or cfg.rollout_episodes < 1:
         fail(f"--rollout-every {cfg.rollout_every} must be a multiple of --eval-every "
              f"{cfg.eval_every}, as rollouts are a part of validation, and --rollout-episodes "
              f"{cfg.rollout_episodes} at least 1")
@@ -1454,6 +1468,7 @@ def load_stage2(cfg: Config, manifest: dict) -> tuple[Trunk, object]:
         fail(f"--init '{folder}': its tokenizer has {len(tokenizer)} tokens, its trunk knows "
              f"{words}")
     trunk.readout.data.copy_(readout)
+    freeze(trunk, cfg)
     return trunk, tokenizer
 
 
@@ -1803,7 +1818,9 @@ def program_of(policy: Policy, cfg: Config):
     parameters of trunk and expert, not what goes in and out, nor units and frequencies; the other
     heads cost nothing."""
     policy.float().eval()
-    large = [policy.trunk.vlm, *[policy.head] * isinstance(policy.head, Expert)]
+    large = [policy.trunk.vlm]
+    if isinstance(policy.head, Expert):
+        large.append(policy.head)
     for parameter in nn.ModuleList(large).parameters():
         parameter.data = parameter.data.to(getattr(torch, cfg.export_dtype))
     batch = torch.export.Dim("B", min=1, max=4096)
@@ -1865,7 +1882,7 @@ def bench(cfg: Config) -> int:
           f"CPU threads; ms of the first call, then medians")
     print(f"{'':5s} batch", *(f"{name:>8s}" for name in BENCHED))
     rows = []
-    for device in ["cpu", *["cuda"] * on_gpu]:
+    for device in ["cpu", "cuda"] if on_gpu else ["cpu"]:
         each = 0.0                                                      # ms a sample
         for batch in (1, 8, 32):
             if each * batch > 15_000:
@@ -2296,17 +2313,26 @@ class Saver:
                  f"free ({str(error).splitlines()[0]}); make room and continue with --resume auto")
 
 
-def whole(state, keep: bool = True):
+def whole(state, keep: bool = True, copies: dict | None = None):
     """A copy of nested dicts and lists whose tensors are on the CPU, sharded ones whole; so all
-    ranks call it, and those that do not keep the copy get None for a tensor."""
+    ranks call it, and those that do not keep the copy get None for a tensor. A tensor that stands
+    there several times, as frozen weights may, is copied once."""
+    copies = {} if copies is None else copies
     if isinstance(state, dict):
-        return {name: whole(value, keep) for name, value in state.items()}
+        return {name: whole(value, keep, copies) for name, value in state.items()}
     if isinstance(state, list):
-        return [whole(value, keep) for value in state]
+        return [whole(value, keep, copies) for value in state]
     if not torch.is_tensor(state):
         return state
-    state = joined(state.detach())
-    return state.to("cpu", copy=True) if keep else None
+    x = joined(state.detach())
+    if not keep:
+        return None
+    if isinstance(state, DTensor):
+        return x.to("cpu", copy=True)
+    place = x.device, x.data_ptr(), x.dtype, x.shape, x.stride()
+    if place not in copies:
+        copies[place] = x.to("cpu", copy=True)
+    return copies[place]
 
 
 # what may differ between a run and its continuation
@@ -2651,8 +2677,9 @@ def export_to_lerobot(policy_folder: Path, policy: Policy, cfg: Config, tokenize
     except OSError:                                                     # a disk without links
         shutil.copyfile(policy_folder / "weights.safetensors", model / "model.safetensors")
     save_trunk(policy.trunk, tokenizer, model)
-    further = loader.plans[0].entry.cameras.split()[:cfg.cameras - 1]
-    cameras = ["observation.image", *(key.replace("/", ".") for key in further)]
+    further = cameras_of(loader, cfg.cameras)[1:]
+    cameras = ["observation.image", *(key.replace("/", ".") or f"observation.image_{i}"
+                                      for i, key in enumerate(further, 2))]
     inputs = {camera: {"type": "VISUAL", "shape": [3, side, side]} for camera in cameras}
     if loader.state_dim:
         inputs[STATE] = {"type": "STATE", "shape": [loader.state_dim]}
@@ -2728,7 +2755,7 @@ def check_features(config, cfg: Config, stats: dict):
         if its != (width := stats[f"{what}_offset"].shape[1]):
             fail(f"the policy's {what} is {width} wide, that of the dataset or environment {its}")
     if len(config.cameras) != cfg.cameras:
-        fail(f"--policy.cameras {config.cameras}: the policy sees {getattr(cfg, 'cameras', 1)}")
+        fail(f"--policy.cameras {config.cameras}: the policy sees {cfg.cameras}")
     if not 0 <= config.n_action_steps <= cfg.chunk:
         fail(f"--policy.n_action_steps {config.n_action_steps} of a chunk of {cfg.chunk}")
 
@@ -2743,10 +2770,12 @@ def inputs_of(batch: dict, cameras: list[str], policy: Policy, tokens, learns: b
         raise ValueError(f"'task' must be {B} instructions, is {texts!r}")
     chunk = B, policy.cfg.chunk, policy.action_dim
     none_padded = torch.zeros(chunk[:2], dtype=torch.bool, device=device)
+    actions = torch.zeros(chunk, device=device)
+    if learns:
+        actions = numbers_of(batch, ACTION, chunk, device)
     told = {"frames": views[0][:, None], "instruction": list(texts),
             "state": numbers_of(batch, STATE, (B, policy.state_offset.shape[1]), device),
-            "actions": numbers_of(batch if learns else {ACTION: torch.zeros(chunk)}, ACTION, chunk,
-                                  device),
+            "actions": actions,
             "action_mask": ~(batch.get("action_is_pad", none_padded) if learns else none_padded),
             "dataset": torch.zeros(B, dtype=torch.int64, device=device)}
     if len(views) > 1:
@@ -2763,7 +2792,7 @@ def picture_of(batch: dict, camera: str, side: int):
                          f"--rename_map={{NAME: {camera}}}")
     if x.ndim != 4 or x.shape[1] != 3:
         raise ValueError(f"'{camera}' must be (B, 3, H, W), is {tuple(x.shape)}")
-    x = (255 * x).round().to(torch.uint8) if x.is_floating_point() else x
+    x = (255 * x).round().clamp(0, 255).to(torch.uint8) if x.is_floating_point() else x
     return data_oxe.resize_to(x.permute(0, 2, 3, 1), side)
 
 
@@ -2777,8 +2806,7 @@ def numbers_of(batch: dict, name: str, shape: tuple, device):
     return x.float().to(device)
 
 
-lerobot = importlib.util.find_spec("lerobot")
-if lerobot and lerobot.origin:                              # not just a folder of that name
+if __name__ == "lerobot_policy_nanolapa":                   # as which policy/lerobot installs it
     from huggingface_hub import snapshot_download
     from lerobot.configs import NormalizationMode
     from lerobot.configs import PreTrainedConfig as LeRobotConfig
@@ -2795,7 +2823,8 @@ if lerobot and lerobot.origin:                              # not just a folder 
         num_warmup_steps: int = 0
 
         def build(self, optimizer, num_training_steps: int):
-            cfg = Config(**self.settings | {"steps": num_training_steps})
+            warmup = min(self.num_warmup_steps, num_training_steps // 4)
+            cfg = Config(**self.settings | {"steps": num_training_steps, "warmup_steps": warmup})
             return torch.optim.lr_scheduler.LambdaLR(
                 optimizer, lambda step: lr_at(cfg, step) / cfg.lr)
 
@@ -2814,12 +2843,15 @@ if lerobot and lerobot.origin:                              # not just a folder 
             if unknown := set(self.settings) - {f.name for f in fields(Config)}:
                 fail(f"--policy.settings has {sorted(unknown)[0]!r}, which the installed "
                      f"lerobot_policy_nanolapa does not know")
-            cfg = Config(**self.settings)
+            cfg = Config(**{"steps": 10 ** 9, **self.settings})             # see NanoLapaSchedule
             if cfg.head == "latent":
                 fail("--policy.settings: head 'latent' needs stage 2's folder wherever it runs; "
                      "give another head")
             if self.pretrained_path:
                 return cfg, {}
+            if cfg.head == "bins":
+                fail("--policy.settings: head 'bins' divides percentiles, which LeRobot's datasets "
+                     "do not have; give another head")
             if not self.stage2:
                 fail("--policy.stage2 must be a folder of vla.py, or 'none': without either the "
                      "trunk would be random")
@@ -2868,11 +2900,12 @@ if lerobot and lerobot.origin:                              # not just a folder 
             cfg, pretraining = config.stage()
             if config.pretrained_path:
                 trunk, tokenizer = empty_trunk(Path(config.pretrained_path))
+                freeze(trunk, cfg)
                 stats = empty_statistics(Path(config.pretrained_path) / "model.safetensors")
             else:
+                cfg.cameras = len(config.cameras)
                 trunk, tokenizer = load_stage2(cfg, pretraining)
                 stats = statistics_of(dataset_stats or {}, config)
-            freeze(trunk, cfg)
             config.settings = asdict(cfg)
             self.policy, self.tokens = Policy(cfg, trunk, stats), Tokens(tokenizer, cfg.text_len)
             check_features(config, cfg, stats)
@@ -2906,8 +2939,11 @@ if lerobot and lerobot.origin:                              # not just a folder 
             return inputs_of(batch, self.config.cameras, self.policy, self.tokens, learns)
 
         def get_optim_params(self) -> list[dict]:
-            groups = make_optimizer(self.policy.cfg, self.policy).param_groups
-            return [{name: group[name] for name in ("params", "weight_decay")} for group in groups]
+            cfg = self.policy.cfg
+            optimizer = make_optimizer(cfg, self.policy)
+            groups = slow_down(optimizer, self.policy.trunk, cfg.trunk_lr).param_groups
+            return [{"params": group["params"], "weight_decay": group["weight_decay"],
+                     "lr": cfg.lr * group.get("share", 1)} for group in groups]
 
         def forward(self, batch: dict):
             parts = self.policy(self.inputs(batch, learns=True))

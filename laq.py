@@ -1688,17 +1688,26 @@ class Saver:
                  f"free ({str(error).splitlines()[0]}); make room and continue with --resume auto")
 
 
-def whole(state, keep: bool = True):
+def whole(state, keep: bool = True, copies: dict | None = None):
     """A copy of nested dicts and lists whose tensors are on the CPU, sharded ones whole; so all
-    ranks call it, and those that do not keep the copy get None for a tensor."""
+    ranks call it, and those that do not keep the copy get None for a tensor. A tensor that stands
+    there several times, as frozen weights may, is copied once."""
+    copies = {} if copies is None else copies
     if isinstance(state, dict):
-        return {name: whole(value, keep) for name, value in state.items()}
+        return {name: whole(value, keep, copies) for name, value in state.items()}
     if isinstance(state, list):
-        return [whole(value, keep) for value in state]
+        return [whole(value, keep, copies) for value in state]
     if not torch.is_tensor(state):
         return state
-    state = joined(state.detach())
-    return state.to("cpu", copy=True) if keep else None
+    x = joined(state.detach())
+    if not keep:
+        return None
+    if isinstance(state, DTensor):
+        return x.to("cpu", copy=True)
+    place = x.device, x.data_ptr(), x.dtype, x.shape, x.stride()
+    if place not in copies:
+        copies[place] = x.to("cpu", copy=True)
+    return copies[place]
 
 
 # what may differ between a run and its continuation

