@@ -966,6 +966,7 @@ def labelled_loaders(cfg: Config, image_size: int) -> tuple:
 
 def make_model(cfg: Config, trunk: Trunk, tokens, loader, device) -> Policy:
     """A policy in the units of a loader's episodes; a linear read-out starts in closed form."""
+    freeze(trunk, cfg)
     torch.manual_seed(cfg.seed)                             # the same head whatever the trunk drew
     model = Policy(cfg, trunk, statistics(loader, cfg.normalize)).to(device)
     batches = (data_oxe.to_device(batch, device, loader.image_size)
@@ -1468,7 +1469,6 @@ def load_stage2(cfg: Config, manifest: dict) -> tuple[Trunk, object]:
         fail(f"--init '{folder}': its tokenizer has {len(tokenizer)} tokens, its trunk knows "
              f"{words}")
     trunk.readout.data.copy_(readout)
-    freeze(trunk, cfg)
     return trunk, tokenizer
 
 
@@ -2900,12 +2900,12 @@ if __name__ == "lerobot_policy_nanolapa":                   # as which policy/le
             cfg, pretraining = config.stage()
             if config.pretrained_path:
                 trunk, tokenizer = empty_trunk(Path(config.pretrained_path))
-                freeze(trunk, cfg)
                 stats = empty_statistics(Path(config.pretrained_path) / "model.safetensors")
             else:
                 cfg.cameras = len(config.cameras)
                 trunk, tokenizer = load_stage2(cfg, pretraining)
                 stats = statistics_of(dataset_stats or {}, config)
+            freeze(trunk, cfg)
             config.settings = asdict(cfg)
             self.policy, self.tokens = Policy(cfg, trunk, stats), Tokens(tokenizer, cfg.text_len)
             check_features(config, cfg, stats)
