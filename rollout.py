@@ -1759,7 +1759,7 @@ def plot_success(table: dict, found: dict):
                          for task, row in zip(tasks, rows)}
     axes.set(ylim=(0, 1), ylabel="success")
     axes.set_xticks(np.arange(len(tasks)) + 0.4 - width / 2, tasks, rotation=30, ha="right")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure, numbers
 
 
