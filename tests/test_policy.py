@@ -191,6 +191,7 @@ def at_the_start(data):
     """A policy before its first step, its settings, tokens and held-out episodes."""
     cfg = finetune.Config(data=str(data), init="none", val_fraction=0.2, eval_batches=6,
                           laq_ckpt="pooled")
+    finetune.check(cfg, {})
     torch.manual_seed(0)
     trunk, tokenizer = finetune.load_trunk(finetune.Config())
     tokens, device = finetune.Tokens(tokenizer, 32), torch.device("cpu")
