@@ -333,7 +333,7 @@ class Expert(ReadOut):
     layers as its language model. Time and x_t are FlowHead's, without its shift.
 
     Where SmolVLA predicts the velocity, this corrects the read-out to the chunk that x_t is of: the
-    velocity is (x_t - chunk) / t. README has what that is worth.
+    velocity is (x_t - chunk) / t. MEASUREMENTS has what that is worth.
     """
 
     draws = 4                           # noise levels a sample
