@@ -60,14 +60,15 @@ def pairs_of(model, n=32, K=8):
 def test_a_mode_learns_32_pairs_by_heart(name):
     model = mode_of(name)
     batch, start = pairs_of(model), model.trunk.readout.clone()
-    overfit(model, lambda: sum(model.loss(batch).values()), 60)
+    overfit(model, lambda: sum(model(batch).values()), 60)
     model.eval()
     with torch.no_grad():
         target, weight = model.target(batch)
         readout, prediction = model.predict(batch)
         scores = model.code_scores(prediction)
     assert readout.shape == (32, 96) and prediction.shape == target.shape == weight.shape
-    torch.testing.assert_close(readout, model.readout(batch))           # as finetune.py reads it
+    as_finetune_reads = model.trunk(batch["images"], batch["ids"], batch["mask"])
+    torch.testing.assert_close(readout, as_finetune_reads)
     assert not torch.equal(model.trunk.readout, start)
     assert prediction.shape[1] == model.width
     if name == "actions":
@@ -88,8 +89,8 @@ def test_codes_are_text_that_keeps_to_the_grammar(tmp_path):
             model.trunk.vlm.get_input_embeddings().weight.mul_(1000)
             p = model.predict(batch)[1].view(4, 2, 8)
             torch.testing.assert_close(p.sum(-1), torch.ones(4, 2))
-            before = model.trunk.read(*model.prompt(batch), model.tokens[batch["codes"]])
-            other = model.trunk.read(*model.prompt(batch), model.tokens[batch["codes"] * 0])
+            before = model.trunk.read(*model.read(batch), model.tokens[batch["codes"]])
+            other = model.trunk.read(*model.read(batch), model.tokens[batch["codes"] * 0])
         assert torch.equal(before[:, 0], other[:, 0]) and not torch.equal(before[:, 1], other[:, 1])
     model.trunk.vlm.get_input_embeddings().weight.data.div_(1000)
     cfg = vla.Config(mode="codes", out=str(tmp_path))
@@ -102,8 +103,8 @@ def test_codes_are_text_that_keeps_to_the_grammar(tmp_path):
     spoken = trunk.vlm.get_input_embeddings()(torch.tensor(said))
     torch.testing.assert_close(spoken, torch.stack([
         model.trunk.readout, model.tokens[3], model.tokens[0], model.tokens[8]]))
-    torch.testing.assert_close(trunk(batch["images"], batch["ids"], batch["mask"]),
-                               model.readout(batch))
+    inputs = batch["images"], batch["ids"], batch["mask"]
+    torch.testing.assert_close(trunk(*inputs), model.trunk(*inputs))
     assert "<ACT_0>" not in vla.ByT5Tokenizer().get_vocab()
 
 
@@ -114,7 +115,7 @@ def test_actions_count_where_there_are_any():
 
     def parts_of(**other):
         torch.manual_seed(0)
-        return model.loss(batch | other)
+        return model(batch | other)
     with torch.no_grad():
         parts, none = parts_of(), parts_of(has_action=torch.zeros(8, dtype=torch.bool))
         changed = torch.where(batch["has_action"][:, None, None], batch["actions"], 100.0)
@@ -137,17 +138,23 @@ def test_a_chunk_of_latents_is_of_consecutive_pairs():
         target = vla.make_target(cfg, labeller, None, None)
         model = vla.MODES[mode](cfg, small_trunk(), target)
         batch = pairs_of(model, 4) | {"codes": torch.randint(0, 8, (4, 4))}
-        assert sum(model.loss(batch).values()).isfinite()
+        assert sum(model(batch).values()).isfinite()
         prediction = model.predict(batch)[1]
         assert model.code_scores(prediction).shape == (4, 4, 8)
         scores = model.code_scores(target(batch)[0])
         assert torch.equal(scores.argmax(-1), batch["codes"])
 
 
-def test_a_checkpoint_of_other_codes_is_one_line():
-    for name in ("codes", "head", "latents of codes"):
-        with pytest.raises(SystemExit, match=r"codebook is \(2, 8, 3\), --laq-ckpt gives \(2, 16"):
-            mode_of(name, K=16).load_state_dict(mode_of(name).state_dict())
+def test_a_checkpoint_of_another_labeller_is_one_line():
+    """Of as many codes, too."""
+    for name in ("codes", "head", "latents", "latents of codes"):
+        state, model = mode_of(name).state_dict(), mode_of(name)
+        model.load_state_dict(state)
+        with pytest.raises(SystemExit, match=r"codebook, \(2, 8, 3\), is not .*, \(2, 16, 3\); go"):
+            mode_of(name, K=16).load_state_dict(state)
+        model.target.codebook += 1
+        with pytest.raises(SystemExit, match=r"codebook, .* is not that of --laq-ckpt"):
+            model.load_state_dict(state)
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -309,7 +316,7 @@ def test_what_is_frozen_does_not_learn():
         model = mode_of("head", trunk)
         before = copy.deepcopy(model.state_dict())
         batch = pairs_of(model, 4)
-        overfit(model, lambda: sum(model.loss(batch).values()), 2)
+        overfit(model, lambda: sum(model(batch).values()), 2)
         for name, value in model.named_parameters():
             assert torch.equal(value, before[name]) == (frozen in name), (name, settings)
     with pytest.raises(SystemExit, match="--freeze-layers 3: .* 'tiny' has 2 layers"):
@@ -326,13 +333,13 @@ def test_lora_learns_and_is_merged(tmp_path):
     learning = {name for name, p in model.trunk.named_parameters() if p.requires_grad}
     assert len(learning) == 1 + 2 * 4 * 2 and all("lora" in x for x in learning - {"readout"})
     batch, start = pairs_of(model), model.trunk.readout.clone()
-    untrained = model.readout(batch)
-    overfit(model, lambda: sum(model.loss(batch).values()), 5)
+    untrained = model.read(batch)
+    overfit(model, lambda: sum(model(batch).values()), 5)
     vla.export(model, cfg, 0, vla.ByT5Tokenizer(), {})
     stage2 = finetune.Config(init=f"{tmp_path}/stage2")
     trunk, _ = finetune.load_stage2(stage2, finetune.read_stage2(stage2))
     assert not [name for name in trunk.state_dict() if "lora" in name]
-    mine = model.readout(batch)
+    mine = model.read(batch)
     torch.testing.assert_close(trunk(batch["images"], batch["ids"], batch["mask"]), mine)
     assert not torch.allclose(mine, untrained, atol=0.01)
     cfg.lora_modules = ("q_proj", "c_attn")

@@ -104,8 +104,8 @@ class TextOnly(torch.nn.Module):
         super().__init__()
         self.nothing = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, batch):
-        return {"flow": self.nothing.sum()}
+    def judge(self, batch):
+        return {"flow": self.nothing.sum()}, *self.predict(batch)
 
     def target(self, batch):
         target = torch.eye(WIDTH)[batch["codes"][:, 0]]
