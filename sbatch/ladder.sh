@@ -6,15 +6,17 @@
 #   RUN="torchrun --nproc_per_node=4" bash sbatch/ladder.sh -- --batch-size 256 --dtype bfloat16
 #   bash sbatch/ladder.sh --slurm --nodes=1 -- --batch-size 256         # a job array; then --table
 #   bash sbatch/ladder.sh --table                          # of what is finished
-#   bash sbatch/ladder.sh --smoke                          # tiny, on a CPU: Meta-World, 3 cameras
+#   bash sbatch/ladder.sh --smoke                          # tiny, on a CPU: Meta-World, 3 cameras;
+#                                                          # with --slurm after it, there
 #
 # A run that has begun is continued, a finished one skipped. Writes OUT/table.md, OUT/ladder.png.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source sbatch/env.sh
 
+smoke=
+if [ "${1:-}" = --smoke ]; then smoke=yes OUT=${OUT:-runs/ladder_smoke}; shift; fi
 how=${1:-}
-[ "$how" != --smoke ] || OUT=${OUT:-runs/ladder_smoke}
+[ "$how" = --slurm ] && [ -z "$smoke" ] || source sbatch/env.sh         # else the jobs have their own
 OUT=${OUT:-runs/ladder} DATA=${DATA:-data} LAQ=${LAQ:-runs/laq/laq.pt2}
 ONE=${ONE:-bridge} THREE=${THREE:-bridge,fractal20220817_data,droid} MIX=${MIX:-oxe29}
 RATES=${RATES:-1e-3 3e-4 1e-4 3e-5}
@@ -24,12 +26,13 @@ slurm=()
 while [ "${1:---}" != -- ]; do slurm+=("$1"); shift; done
 options=("${@:2}")
 
-if [ "$how" = --smoke ]; then
+if [ -n "$smoke" ]; then
   DATA=$OUT/data LAQ=$OUT/laq/laq.pt2 RATES="3e-4 1e-4"
   ONE=metaworld_corner4 THREE=metaworld_corner4,metaworld_corner,metaworld_topview
   MIX=metaworld_corner4:0.6,metaworld_corner:0.2,metaworld_topview:0.2
   tiny="--batch-size 8 --eval-batches 1 --log-every 1"
-  options=(--steps 8 --eval-every 4 $tiny "${options[@]}")
+  local="--trunk tiny --head-width 256 --dtype float32 --resize cpu --no-wandb"     # not vla.sh's
+  options=(--steps 8 --eval-every 4 $tiny $local "${options[@]}")
   for camera in corner4 corner topview; do
     [ -e "$DATA/metaworld_$camera" ] || python rollout.py --record --data "$DATA" --episodes 3 \
       --camera $camera --tasks drawer-open faucet-close
