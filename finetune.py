@@ -722,9 +722,9 @@ class Tokens:
 
     def __call__(self, texts: list[str], device):
         for text in set(texts) - self.cache.keys():
-            self.cache[text] = self.tokenize(text)
-        ids, mask = zip(*(self.cache[text] for text in texts))
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+            self.cache[text] = np.array(self.tokenize(text))            # (2, L)
+        rows = np.stack([self.cache[text] for text in texts], 1)        # (2, B, L)
+        return data_oxe.send(rows, device).unbind()                     # waits for no GPU
 
     def tokenize(self, text: str) -> tuple[list, list]:
         whole = self.tokenizer(text)["input_ids"]
@@ -748,25 +748,31 @@ class KernelRidge:
 
     def __init__(self, features: list, y: torch.Tensor, episode: np.ndarray):
         rows = np.random.default_rng(0).permutation(len(y))[:self.most]
-        features, y = [x[rows].double() for x in features], y[rows].double()
-        episode = episode[rows]
-        self.center, self.mean = [x.mean(0) for x in features], y.mean(0)
+        features = [x[rows].double() for x in features]
+        y, episode = y[rows].double(), episode[rows]
+        self.center = [x.mean(0) for x in features]
         self.rows = [x - center for x, center in zip(features, self.center)]
         self.unit = [x.square().sum(1).mean() + 1e-12 for x in self.rows]
-        members = [torch.from_numpy(np.flatnonzero(episode == e)) for e in np.unique(episode)]
-        best, distance, y = math.inf, self.distance(features), y - self.mean
+        self.mean = y.mean(0)
+        y, best = y - self.mean, math.inf
+        distance = self.distance(features)
+        left_out = [torch.from_numpy(np.flatnonzero(episode == e)) for e in np.unique(episode)]
         for width in (0.1, 0.3, 1.0):
-            values, vectors = torch.linalg.eigh((-width * distance).exp())
+            kernel = (-width * distance).exp()
+            values, vectors = torch.linalg.eigh(kernel)
             projected = vectors.T @ y
             for penalty in (0.1, 0.3, 1.0):
-                inverse = vectors / (values + penalty)
-                weights, error = inverse @ projected, 0.0
-                for o in members:
-                    residual = torch.linalg.solve(inverse[o] @ vectors[o].T, weights[o])
+                inverse = vectors / (values + penalty)                  # G = inverse @ vectors.T
+                weights = inverse @ projected
+                error = 0.0
+                for o in left_out:
+                    block = inverse[o] @ vectors[o].T                   # G_oo
+                    residual = torch.linalg.solve(block, weights[o])
                     error += residual.square().sum().item()
                 if error < best:
                     best, self.width, self.weights = error, width, weights
-        self.r2 = 1 - best / max(y.square().sum().item(), 1e-12)
+        spread = y.square().sum().item()
+        self.r2 = 1 - best / max(spread, 1e-12)
 
     def distance(self, features: list) -> torch.Tensor:
         """Squared, from Q rows to those of the fit, (Q, M)."""
@@ -2082,7 +2088,8 @@ def lr_at(cfg, step: int) -> float:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
     lowest = cfg.final_lr * cfg.lr
-    return lowest + 0.5 * (cfg.lr - lowest) * (1 + math.cos(math.pi * min(1.0, progress)))
+    above = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))          # from 1 to 0
+    return lowest + above * (cfg.lr - lowest)
 
 
 def make_optimizer(cfg, model: nn.Module) -> torch.optim.AdamW:

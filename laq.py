@@ -167,9 +167,9 @@ class LAQ(nn.Module):
     def __init__(self, cfg: Config, feature_dim: int = 0, action_dim: int = 0, datasets: int = 1):
         super().__init__()
         self.cfg = cfg
-        encoder, decoder, hidden_width = ARCHS[cfg.arch]
-        self.encoder = encoder(cfg)
-        self.decoder = decoder(cfg)
+        make_encoder, make_decoder, hidden_width = ARCHS[cfg.arch]
+        self.encoder = make_encoder(cfg)
+        self.decoder = make_decoder(cfg)
         self.quantizer = QUANTIZERS[cfg.quantizer](cfg)
         latent = cfg.tokens * cfg.code_dim
         self.to_summary = nn.Linear(latent, 2 * SUMMARY_GRID ** 2)
@@ -181,7 +181,8 @@ class LAQ(nn.Module):
             self.register_buffer("action_mean", torch.zeros(datasets, action_dim))
             self.register_buffer("action_scale", torch.ones(datasets, action_dim))  # 1 / std
         if feature_dim:
-            self.to_features = nn.Conv2d(hidden_width(SIZES[cfg.size]), feature_dim, 1)
+            width = hidden_width(SIZES[cfg.size])
+            self.to_features = nn.Conv2d(width, feature_dim, 1)
 
     def forward(self, batch: dict) -> tuple[dict, torch.Tensor, torch.Tensor]:
         """A batch as Targets.on_device makes it -> losses by name, z (B, S, D), codes (B, S)."""
@@ -191,14 +192,15 @@ class LAQ(nn.Module):
             latent, codes, quantizer_loss = self.quantizer(z)
         prediction, flow, hidden = self.decoder(a, latent)
 
-        weight = self.pixel_weight(a, b)
-        parts = {"pixel": (weight * (prediction - b).abs()).mean(), "quantizer": quantizer_loss}
+        error = self.pixel_weight(a, b) * (prediction - b).abs()
+        parts = {"pixel": error.mean(), "quantizer": quantizer_loss}
         if "flow" in batch:
-            flow = F.adaptive_avg_pool2d(flow, FLOW_GRID)               # (B, 2, 16, 16)
-            coarse = F.adaptive_avg_pool2d(batch["flow"], SUMMARY_GRID).flatten(1)  # (B, 2*4*4)
-            parts["flow"] = (flow - batch["flow"]).abs().mean()
+            true_flow = batch["flow"]                                   # (B, 2, 16, 16)
+            flow = F.adaptive_avg_pool2d(flow, FLOW_GRID)
+            parts["flow"] = (flow - true_flow).abs().mean()
+            coarse = F.adaptive_avg_pool2d(true_flow, SUMMARY_GRID)     # (B, 2, 4, 4)
             summary = self.to_summary(latent.flatten(1))                # of 4 * coarse: about 1
-            parts["summary"] = (summary - 4 * coarse).abs().mean()
+            parts["summary"] = (summary - 4 * coarse.flatten(1)).abs().mean()
         if "features" in batch:
             parts["features"] = self.feature_loss(hidden, batch["features"])
         if "labelled" in batch:
@@ -209,14 +211,17 @@ class LAQ(nn.Module):
     def to_float(frames):
         """uint8 (B, 2, H, H, 3) -> float (B, 2, 3, H, H), frame t in -0.5..0.5, frame t+k in the
         light of frame t: each colour has its mean and deviation. So drifting light is no motion."""
-        a, b = (frames.permute(0, 1, 4, 2, 3).float() / 255 - 0.5).unbind(1)        # (B, 3, H, H)
-        mean, std = (f(a, (2, 3), keepdim=True) for f in (torch.mean, torch.std))
-        its_mean, its_std = (f(b, (2, 3), keepdim=True) for f in (torch.mean, torch.std))
-        return torch.stack([a, (b - its_mean) / its_std.clamp(min=1e-3) * std + mean], 1)
+        channels_first = frames.permute(0, 1, 4, 2, 3)
+        a, b = (channels_first.float() / 255 - 0.5).unbind(1)           # (B, 3, H, H) each
+        mean, its_mean = (x.mean((2, 3), keepdim=True) for x in (a, b))
+        std, its_std = (x.std((2, 3), keepdim=True) for x in (a, b))
+        standard = (b - its_mean) / its_std.clamp(min=1e-3)
+        return torch.stack([a, standard * std + mean], 1)
 
     def outputs(self, frames):
         """The encoder's, unquantized: z (B, S, D), each token of unit variance."""
-        z = self.encoder(*self.to_float(frames).unbind(1))              # (B, S, D)
+        a, b = self.to_float(frames).unbind(1)                          # (B, 3, H, H) each
+        z = self.encoder(a, b)                                          # (B, S, D)
         return F.layer_norm(z.float(), (self.cfg.code_dim,))
 
     def encode(self, frames):
@@ -237,8 +242,9 @@ class LAQ(nn.Module):
     def pixel_weight(self, a, b):
         """(B, 1, H, H): more where the frames differ; of mean 1 in each sample, so that samples
         count alike in any batch."""
-        moved = F.avg_pool2d((b - a).abs().amax(1, keepdim=True), 5, 1, 2)  # in 0..1
-        weight = 1 + self.cfg.motion_weight * (4 * moved).clamp(max=1)
+        change = (b - a).abs().amax(1, keepdim=True)                    # (B, 1, H, H) in 0..1
+        moved = 4 * F.avg_pool2d(change, kernel_size=5, stride=1, padding=2)
+        weight = 1 + self.cfg.motion_weight * moved.clamp(max=1)
         return weight / weight.mean((1, 2, 3), keepdim=True)
 
     def feature_loss(self, hidden, features):
@@ -251,16 +257,23 @@ class LAQ(nn.Module):
         """Squared error of the executed motion of the labelled samples, read linearly, in units of
         its deviation; each dataset has a read-out of its own."""
         dataset = batch["dataset"]                                      # (B,)
-        target = (batch["action_sum"] - self.action_mean[dataset]) * self.action_scale[dataset]
-        all_actions = self.to_action(latent.flatten(1)).unflatten(1, self.action_mean.shape)
-        action = all_actions[torch.arange(len(dataset), device=dataset.device), dataset]  # (B, A)
-        return ((action - target).square().mean(1) * batch["labelled"]).mean()
+        mean, scale = self.action_mean[dataset], self.action_scale[dataset]
+        target = (batch["action_sum"] - mean) * scale                   # (B, A)
+        readouts = self.to_action(latent.flatten(1)).unflatten(1, self.action_mean.shape)
+        row = torch.arange(len(dataset), device=dataset.device)
+        error = (readouts[row, dataset] - target).square().mean(1)      # (B,)
+        return (error * batch["labelled"]).mean()
 
 
 def loss_weights(cfg: Config, step: int) -> dict[str, float]:
     """What each part of the loss counts at a step; found by trial, so that none drowns."""
-    flow = cfg.flow_weight * min(1.0, (step + 1) / max(1, cfg.flow_warmup))
-    return {"pixel": 10.0, "quantizer": 1.0, "flow": flow, "summary": 2 * flow, "features": 1.0,
+    risen = min(1.0, (step + 1) / max(1, cfg.flow_warmup))
+    flow = risen * cfg.flow_weight
+    return {"pixel": 10.0,
+            "quantizer": 1.0,
+            "flow": flow,
+            "summary": 2 * flow,
+            "features": 1.0,
             "action": 1 / max(cfg.action_fraction, 1e-9)}
 
 
@@ -277,7 +290,7 @@ class ViTEncoder(nn.Module):
         patches = patches_of(cfg)                                       # P
         self.embed = nn.Linear(6 * size.patch ** 2, size.width)
         self.position = nn.Parameter(0.02 * torch.randn(patches, size.width))
-        self.blocks = nn.Sequential(*[Block(size.width) for _ in range(size.layers)])
+        self.blocks = blocks(size.width, size.layers)
         self.norm = nn.LayerNorm(size.width)
         self.narrow = nn.Linear(size.width, 16)
         self.out = nn.Linear(16 * patches, cfg.tokens * cfg.code_dim)
@@ -285,8 +298,9 @@ class ViTEncoder(nn.Module):
     def forward(self, a, b):                                            # (B, 3, H, H) each
         x = torch.cat([a, 3 * (b - a)], 1)                              # (B, 6, H, H)
         x = self.embed(patchify(x, self.patch)) + self.position         # (B, P, W)
+        x = self.blocks(x)
+        x = self.narrow(self.norm(x))                                   # (B, P, 16)
         gate = motion_gate(a, b, math.isqrt(x.shape[1]))                # (B, 1, sqrt(P), sqrt(P))
-        x = self.narrow(self.norm(self.blocks(x)))                      # (B, P, 16)
         x = x * gate.flatten(2).transpose(1, 2)
         return self.out(x.flatten(1)).unflatten(1, (self.tokens, -1))   # (B, S, D)
 
@@ -298,13 +312,14 @@ class ViTDecoder(nn.Module):
         super().__init__()
         size = SIZES[cfg.size]
         self.tokens, self.patch = cfg.tokens, size.patch
-        self.embed = nn.Linear(3 * size.patch ** 2, size.width)
+        pixels = 3 * size.patch ** 2
+        self.embed = nn.Linear(pixels, size.width)
         self.token = nn.Linear(cfg.code_dim, size.width)
         positions = torch.randn(cfg.tokens + patches_of(cfg), size.width)
         self.position = nn.Parameter(0.02 * positions)
-        self.blocks = nn.Sequential(*[Block(size.width) for _ in range(size.decoder_layers)])
+        self.blocks = blocks(size.width, size.decoder_layers)
         self.norm = nn.LayerNorm(size.width)
-        self.to_pixels = nn.Linear(size.width, 3 * size.patch ** 2)
+        self.to_pixels = nn.Linear(size.width, pixels)
         self.to_flow = nn.Linear(size.width, 2 * 2 ** 2)
         nn.init.zeros_(self.to_pixels.weight)                           # at first a copy of frame t
 
@@ -334,15 +349,23 @@ class Block(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):                                               # (B, P, W)
-        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, heads, P, .) each
+        qkv = self.qkv(self.norm1(x))                                   # (B, P, 3 * W)
+        by_head = qkv.unflatten(2, (3, self.heads, -1))
+        q, k, v = by_head.permute(2, 0, 3, 1, 4)                        # (B, heads, P, .) each
         attended = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.proj(attended.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        attended = attended.transpose(1, 2).flatten(2)                  # (B, P, W)
+        x = x + self.proj(attended)
+        hidden = F.gelu(self.up(self.norm2(x)))                         # (B, P, 4 * W)
+        return x + self.down(hidden)
+
+
+def blocks(width: int, layers: int) -> nn.Sequential:
+    return nn.Sequential(*[Block(width) for _ in range(layers)])
 
 
 def patches_of(cfg: Config) -> int:
-    return (cfg.image_size // SIZES[cfg.size].patch) ** 2
+    side = cfg.image_size // SIZES[cfg.size].patch
+    return side ** 2
 
 
 def patchify(x, patch: int):
@@ -353,7 +376,8 @@ def patchify(x, patch: int):
 def unpatchify(x, patch: int):
     """(B, P, C*patch*patch) -> (B, C, sqrt(P)*patch, sqrt(P)*patch)"""
     side = math.isqrt(x.shape[1])
-    return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (side, -1)), patch)
+    grid = x.transpose(1, 2).unflatten(2, (side, -1))
+    return F.pixel_shuffle(grid, patch)
 
 
 def motion_gate(a, b, side: int):
@@ -369,16 +393,17 @@ class CNNEncoder(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.tokens, widths = cfg.tokens, level_widths(cfg)
-        levels = [level(i, o) for i, o in zip([6, *widths], widths)]
-        self.levels = nn.Sequential(*levels)
+        self.tokens = cfg.tokens
+        widths = level_widths(cfg)
+        self.levels = nn.Sequential(*levels_from(6, widths))
         self.norm = nn.GroupNorm(8, widths[3])
         self.out = nn.Linear(16 * widths[3], cfg.tokens * cfg.code_dim)
 
     def forward(self, a, b):                                            # (B, 3, H, H) each
         x = self.levels(torch.cat([a, 3 * (b - a)], 1))                 # (B, 8c, H/16, H/16)
-        x = F.silu(self.norm(x))
-        x = F.adaptive_avg_pool2d(x * motion_gate(a, b, x.shape[-1]), 4)            # (B, 8c, 4, 4)
+        gate = motion_gate(a, b, x.shape[-1])                           # (B, 1, H/16, H/16)
+        x = F.silu(self.norm(x)) * gate
+        x = F.adaptive_avg_pool2d(x, 4)                                 # (B, 8c, 4, 4)
         return self.out(x.flatten(1)).unflatten(1, (self.tokens, -1))   # (B, S, D)
 
 
@@ -390,12 +415,11 @@ class CNNDecoder(nn.Module):
         super().__init__()
         c1, c2, c3, c4 = widths = level_widths(cfg)
         latent = cfg.tokens * cfg.code_dim
-        self.down = nn.ModuleList([level(i, o) for i, o in zip([3, *widths], widths)])
+        self.down = nn.ModuleList(levels_from(3, widths))
         self.map = nn.Linear(latent, 16 * c3)
         self.scale = nn.Linear(latent, c4)
-        self.up = nn.ModuleList([
-            nn.Sequential(nn.Conv2d(i, o, 3, 1, 1), Residual(o), Residual(o))
-            for i, o in ((c4 + c3, c3), (c3, c2), (c2, c1), (c1, c1))])
+        changes = (c4 + c3, c3), (c3, c2), (c2, c1), (c1, c1)
+        self.up = nn.ModuleList([level(i, o, stride=1) for i, o in changes])
         self.to_pixels = nn.Conv2d(c1, 3, 3, 1, 1)
         self.to_flow = nn.Conv2d(c2, 2, 3, 1, 1)
         nn.init.zeros_(self.to_pixels.weight)                           # at first a copy of frame t
@@ -404,9 +428,11 @@ class CNNDecoder(nn.Module):
         skips, z = [a], latent.flatten(1)
         for down in self.down:
             skips.append(down(skips[-1]))                               # the last: (B, 8c, H/16)
-        coarsest = skips.pop() * (1 + self.scale(z)[..., None, None])
+        scale = 1 + self.scale(z)[..., None, None]                      # (B, 8c, 1, 1)
+        coarsest = skips.pop() * scale
         latent_map = self.map(z).unflatten(1, (-1, 4, 4))
-        x = torch.cat([coarsest, F.interpolate(latent_map, coarsest.shape[2:])], 1)
+        latent_map = F.interpolate(latent_map, coarsest.shape[2:])
+        x = torch.cat([coarsest, latent_map], 1)
         for i, up in enumerate(self.up):
             x = F.interpolate(up(x), scale_factor=2)
             if i < 3:
@@ -430,10 +456,14 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-def level(channels_in: int, channels: int) -> nn.Sequential:
+def level(channels_in: int, channels: int, stride: int = 2) -> nn.Sequential:
     """Halves the side."""
-    down = nn.Conv2d(channels_in, channels, 3, 2, 1)
+    down = nn.Conv2d(channels_in, channels, 3, stride, padding=1)
     return nn.Sequential(down, Residual(channels), Residual(channels))
+
+
+def levels_from(channels_in: int, widths: list[int]) -> list[nn.Sequential]:
+    return [level(i, o) for i, o in zip([channels_in, *widths], widths)]
 
 
 def level_widths(cfg: Config) -> list[int]:
@@ -502,11 +532,12 @@ class VQ(Quantizer):
         """Codes used less than a quarter of their share; rank 0's outputs on every rank. An output
         seeds one code at most, so that with few outputs some codes wait for the next time."""
         rare = (self.usage < 0.25 / self.cfg.codes) | everything        # (S, K)
-        order, moved = torch.randperm(len(z)).to(z.device), 0
-        vectors = joined(self.vectors.data)
+        order = torch.randperm(len(z)).to(z.device)
+        vectors, moved = joined(self.vectors.data), 0
         for token in range(self.cfg.tokens):
             code = rare[token].nonzero().flatten()[:len(z)]
-            vectors[token, code] = z[order[:len(code)], token]
+            output = order[:len(code)]
+            vectors[token, code] = z[output, token]
             self.usage[token, code] = 1.0 / self.cfg.codes
             moved += len(code)
         if dist.is_initialized():
@@ -524,8 +555,9 @@ class NSVQ(VQ):
         nearest = self.lookup(codes)                                    # (B, S, D)
         loss = self.cfg.beta * F.mse_loss(z, nearest.detach())
         noise = torch.randn_like(z)
-        error = (z - nearest).norm(dim=-1, keepdim=True)
-        return z + noise * (error / noise.norm(dim=-1, keepdim=True)), codes, loss
+        error = (z - nearest).norm(dim=-1, keepdim=True)                # (B, S, 1)
+        stretch = error / noise.norm(dim=-1, keepdim=True)
+        return z + noise * stretch, codes, loss
 
 
 class FSQ(Quantizer):
@@ -536,28 +568,31 @@ class FSQ(Quantizer):
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)
-        n = len(cfg.levels)
-        self.down = nn.Parameter(torch.randn(cfg.tokens, cfg.code_dim, n))
-        self.up = nn.Parameter(torch.randn(cfg.tokens, n, cfg.code_dim))
-        self.register_buffer("center", torch.zeros(cfg.tokens, n))
-        self.register_buffer("deviation", torch.ones(cfg.tokens, n))
+        S, D, n = cfg.tokens, cfg.code_dim, len(cfg.levels)
+        self.down = nn.Parameter(torch.randn(S, D, n))
+        self.up = nn.Parameter(torch.randn(S, n, D))
+        self.register_buffer("center", torch.zeros(S, n))
+        self.register_buffer("deviation", torch.ones(S, n))
         ticks = [torch.linspace(-1, 1, count) for count in cfg.levels]
-        grid = torch.stack(torch.meshgrid(*ticks, indexing="ij"), -1)
-        self.register_buffer("grid", grid.flatten(0, -2))               # (K, n)
-        self.register_buffer("highest", torch.tensor(cfg.levels) - 1.0)
+        grid = torch.cartesian_prod(*ticks).view(-1, n)                 # (K, n)
         place_values = [math.prod(cfg.levels[i + 1:]) for i in range(n)]
+        self.register_buffer("grid", grid)
+        self.register_buffer("highest", torch.tensor(cfg.levels) - 1.0)
         self.register_buffer("place_values", torch.tensor(place_values))
 
     def codebook(self):
         return torch.einsum("kl,sld->skd", self.grid, self.up)          # (S, K, D)
 
     def project(self, z):
-        return torch.einsum("bsd,sdl->bsl", exact(z), exact(joined(self.down))).float()
+        z, down = exact(z), exact(joined(self.down))
+        return torch.einsum("bsd,sdl->bsl", z, down).float()
 
     def levels_of(self, z):
         """-> bounded (B, S, n) in -1..1, and the index of the nearest level."""
-        bounded = torch.tanh((self.project(z) - self.center) / self.deviation)
-        return bounded, ((bounded + 1) / 2 * self.highest).round().nan_to_num(0)
+        standard = (self.project(z) - self.center) / self.deviation
+        bounded = torch.tanh(standard)
+        index = ((bounded + 1) / 2 * self.highest).round()
+        return bounded, index.nan_to_num(0)
 
     def codes(self, z):
         _, index = self.levels_of(z)
@@ -565,7 +600,8 @@ class FSQ(Quantizer):
 
     def forward(self, z):
         bounded, index = self.levels_of(z)
-        rounded = bounded + (index / self.highest * 2 - 1 - bounded).detach()
+        level = index / self.highest * 2 - 1
+        rounded = bounded + (level - bounded).detach()
         latent = torch.einsum("bsl,sld->bsd", rounded, self.up)
         codes = (index.long() * self.place_values).sum(-1)
         return latent, codes, z.new_zeros(())
@@ -600,7 +636,9 @@ class Targets:
     """What the losses need beside the loader's arrays: flow, features, who shows its actions."""
 
     def __init__(self, cfg: Config, device: torch.device):
-        self.cfg, self.raft, self.features, self.feature_dim = cfg, None, None, 0
+        self.cfg = cfg
+        self.raft = None
+        self.features, self.feature_dim = None, 0
         if cfg.flow_weight and cfg.flow_teacher == "raft":
             self.raft = load_raft(device)
         if cfg.features:
@@ -658,7 +696,8 @@ def flow_of_pair(pair: np.ndarray) -> np.ndarray:
 def labelled(cfg: Config, batch: dict) -> np.ndarray:
     """Which samples may show actions to the latents, bool (B,): a fixed choice of episodes."""
     number = batch["dataset"] * 1_000_003 + batch["episode"] * 7919 + cfg.seed
-    draw = number * 2654435761 % (1 << 32) / (1 << 32)                  # a hash, in 0..1
+    scrambled = number * 2654435761 % (1 << 32)
+    draw = scrambled / (1 << 32)                                        # in 0..1
     return batch["has_action"] & (draw < cfg.action_fraction)
 
 
@@ -668,16 +707,19 @@ def augment(frames: torch.Tensor, flow: torch.Tensor | None, cfg: Config):
     u = torch.rand(len(frames), 7, device=frames.device)
     if cfg.shift or cfg.crop:
         zoom, theta = random_window(u[:, :3], frames.shape[2], cfg)
-        x = frames.permute(0, 1, 4, 2, 3).flatten(1, 2).float()         # (B, 6, H, H)
+        channels_first = frames.permute(0, 1, 4, 2, 3)
+        x = channels_first.flatten(1, 2).float()                        # (B, 6, H, H)
         x = sample(x, theta).round().to(torch.uint8)
-        frames = x.unflatten(1, (2, 3)).permute(0, 1, 3, 4, 2)
+        channels_first = x.unflatten(1, (2, 3))
+        frames = channels_first.permute(0, 1, 3, 4, 2)
         if flow is not None:
             flow = sample(flow, theta) / zoom[:, None, None, None]
     if cfg.color:
-        gain = 1 + cfg.color * (2 * u[:, 3:4] - 1)                      # (B, 1)
-        bias = 128 * cfg.color * (2 * u[:, 4:7] - 1)                    # (B, 3)
-        x = (frames.float() - 128) * gain[:, :, None, None, None] + 128
-        x = x + bias[:, None, None, None]
+        contrast = cfg.color * (2 * u[:, 3] - 1)                        # (B,)
+        brightness = 128 * cfg.color * (2 * u[:, 4:7] - 1)              # (B, 3)
+        gain = 1 + contrast[:, None, None, None, None]
+        x = (frames.float() - 128) * gain + 128
+        x = x + brightness[:, None, None, None]
         frames = x.round().clamp(0, 255).to(torch.uint8)
     return frames, flow
 
@@ -685,11 +727,14 @@ def augment(frames: torch.Tensor, flow: torch.Tensor | None, cfg: Config):
 def random_window(u: torch.Tensor, height: int, cfg: Config):
     """u (B, 3) uniform -> share of the side that is kept (B,), affine maps of it (B, 2, 3)."""
     zoom = 1 - cfg.crop * u[:, 0]
-    reach = (1 - zoom[:, None]) + 2 * cfg.shift / height                # in half sides
-    offset = reach * (2 * u[:, 1:3] - 1)                                # (B, 2)
+    reach = (1 - zoom) + 2 * cfg.shift / height                         # in half sides
+    direction = 2 * u[:, 1:3] - 1                                       # (B, 2) in -1..1
+    offset = reach[:, None] * direction
     if not cfg.crop:                                                    # whole pixels stay sharp
-        offset = (offset * height / 2).round() * 2 / height
-    scale = zoom[:, None, None] * torch.eye(2, device=u.device)         # (B, 2, 2)
+        pixels = (offset * height / 2).round()
+        offset = pixels * 2 / height
+    identity = torch.eye(2, device=u.device)
+    scale = zoom[:, None, None] * identity                              # (B, 2, 2)
     return zoom, torch.cat([scale, offset[:, :, None]], 2)
 
 
@@ -706,13 +751,15 @@ def label(model: LAQ, control: LAQ, frames) -> dict:
     codes, vectors, latents = model.labels(frames)
     _, its_vectors, its_latents = control.labels(frames)
     a, b = model.to_float(frames).unbind(1)                             # (B, 3, H, H) each
+    difference = b - a
+    pooled = F.adaptive_avg_pool2d(difference, 8)
     return {"codes": codes,                                             # (B, S)
             "vectors": vectors.flatten(1),                              # (B, S*D)
             "latents": latents.flatten(1),                              # unquantized
             "control": its_vectors.flatten(1),
             "control_latents": its_latents.flatten(1),
-            "difference": (b - a).mean((2, 3)),                         # (B, 3)
-            "pooled": F.adaptive_avg_pool2d(b - a, 8).flatten(1)}       # (B, 192)
+            "difference": difference.mean((2, 3)),                      # (B, 3)
+            "pooled": pooled.flatten(1)}                                # (B, 192)
 
 
 @torch.no_grad()
@@ -724,13 +771,17 @@ def decode(model: LAQ, frames, other) -> dict:
     """
     a, b = model.to_float(frames).unbind(1)                             # (B, 3, H, H) each
     _, latent = model.encode(frames)
-    latents = latent, latent[other], latent.flip(1)
-    images = [*(model.next_frame(a, x) for x in latents), a]
-    errors = [(x - b).square().mean((1, 2, 3)) for x in images]
-    similarity = [ssim(x + 0.5, b + 0.5) for x in (images[0], a)]
-    still_pairs = torch.stack([frames[:, 0], frames[:, 0]], 1)
+    images = [model.next_frame(a, latent),
+              model.next_frame(a, latent[other]),
+              model.next_frame(a, latent.flip(1)),
+              a]
+    errors = [(image - b).square().mean((1, 2, 3)) for image in images]
+    similarity = [ssim(image + 0.5, b + 0.5) for image in (images[0], a)]
+    still_pairs = frames[:, [0, 0]]
     still, _ = model.encode(still_pairs)
-    return {"still": still, "mse": torch.stack(errors, 1), "ssim": torch.stack(similarity, 1)}
+    return {"still": still,
+            "mse": torch.stack(errors, 1),
+            "ssim": torch.stack(similarity, 1)}
 
 
 def collect(model: LAQ, control: LAQ, cfg: Config, loader, device, decoded: bool = False,
@@ -747,9 +798,9 @@ def collect(model: LAQ, control: LAQ, cfg: Config, loader, device, decoded: bool
             row |= decode(model, frames, other.to(device))
         row = {name: value.cpu().numpy() for name, value in row.items()}
         flow = optical_flow(frames.cpu().numpy())
-        row |= {"mean_flow": flow.mean((2, 3)), "main_flow": weighted_flow(flow),
-                "instruction": np.array(batch["instruction"], object),
-                **{k: batch[k] for k in ("action_sum", "dataset", "episode", "state")}}
+        row |= {"mean_flow": flow.mean((2, 3)), "main_flow": weighted_flow(flow)}
+        row |= {name: batch[name] for name in ("action_sum", "dataset", "episode", "state")}
+        row["instruction"] = np.array(batch["instruction"], object)
         if keep:
             row["frames"] = frames.cpu().numpy()
         rows.append(row)
@@ -772,23 +823,28 @@ def evaluate(model: LAQ, control: LAQ, cfg: Config, loaders: dict, device) -> di
     episodes."""
     val_loader = loaders["val"]
     fit = collect(model, control, cfg, loaders["many"], device)
-    val = collect(model, control, cfg, val_loader, device, decoded=True)
     few = collect(model, control, cfg, loaders["few"], device) if "few" in loaders else None
+    val = collect(model, control, cfg, val_loader, device, decoded=True)
     each = {}
     for i, name in enumerate(val_loader.names):
-        fit_rows, val_rows = rows_of(fit, i), rows_of(val, i)
-        if len(val_rows["dataset"]):
-            dims = val_loader.motion_dims[name]
-            each[name] = metrics_of(fit_rows, val_rows, dims, cfg)
-            if few:
-                each[name] |= few_label_probes(rows_of(few, i), val_rows, dims)
-    mean = {}
-    for key in dict.fromkeys(k for metrics in each.values() for k in metrics):
-        mean[key] = np.mean([metrics[key] for metrics in each.values() if key in metrics])
-    mean |= {"samples": len(val["dataset"]), **code_use(val, cfg)}
-    for name, metrics in each.items() if len(each) > 1 else ():
-        mean |= {f"{name}/{key}": value for key, value in metrics.items()}
-    return mean
+        rows, dims = rows_of(val, i), val_loader.motion_dims[name]
+        if not len(rows["dataset"]):
+            continue
+        each[name] = metrics_of(rows_of(fit, i), rows, dims, cfg)
+        if few:
+            each[name] |= few_label_probes(rows_of(few, i), rows, dims)
+    metrics = mean_of_datasets(each)
+    metrics |= code_use(val, cfg)
+    metrics["samples"] = len(val["dataset"])
+    if len(each) > 1:
+        metrics |= {f"{name}/{key}": x for name, m in each.items() for key, x in m.items()}
+    return metrics
+
+
+def mean_of_datasets(each: dict) -> dict:
+    """{dataset: {metric: value}} -> {metric: its mean over those that have it}"""
+    names = dict.fromkeys(name for metrics in each.values() for name in metrics)
+    return {name: np.mean([m[name] for m in each.values() if name in m], 0) for name in names}
 
 
 def describe(m: dict, cfg: Config) -> str:
@@ -812,13 +868,18 @@ def rows_of(samples: dict, dataset: int) -> dict:
 def metrics_of(fit: dict, val: dict, dims: list[int], cfg: Config) -> dict:
     """All metrics of one dataset's samples; dims: columns of its actions that are motion."""
     columns = varying(fit, val, dims)
-    return {"samples": len(val["codes"]), **reconstruction(val), **code_use(val, cfg),
-            **stillness(val), **probes(fit, val, columns, cfg), **meaning(fit, val, columns, cfg)}
+    return {"samples": len(val["codes"]),
+            **reconstruction(val),
+            **code_use(val, cfg),
+            **stillness(val),
+            **probes(fit, val, columns, cfg),
+            **meaning(fit, val, columns, cfg)}
 
 
 def reconstruction(val: dict) -> dict:
     """PSNR in dB: as it is, with another sample's codes, with reversed ones, of frame t; SSIM."""
-    psnr, shuffled, backwards, copied = -10 * np.log10(val["mse"].mean(0))
+    error = val["mse"].mean(0)                                          # (4,)
+    psnr, shuffled, backwards, copied = -10 * np.log10(error)
     similarity, similarity_copied = val["ssim"].mean(0)
     return {"psnr": psnr, "psnr_shuffled": shuffled, "psnr_reversed": backwards,
             "psnr_copy": copied, "ssim": similarity, "ssim_copy": similarity_copied}
@@ -827,22 +888,26 @@ def reconstruction(val: dict) -> dict:
 def code_use(val: dict, cfg: Config) -> dict:
     """How many codes are used, and how evenly. Tokens that repeat each other have a joint entropy
     far below the sum of their own."""
-    used = [len(np.unique(column)) / cfg.codes for column in val["codes"].T]
-    each = entropy(val["codes"], cfg.codes)                             # (S,)
-    _, sequence = np.unique(val["codes"], axis=0, return_inverse=True)
-    sequence = sequence.reshape(-1, 1)                                  # (N, 1)
-    return {"codes_used": np.mean(used), "perplexity": np.exp(each).mean(),
-            "entropy_joint": entropy(sequence, sequence.max() + 1)[0],
+    codes = val["codes"]                                                # (N, S)
+    used = [len(np.unique(column)) / cfg.codes for column in codes.T]
+    each = entropy(codes, cfg.codes)                                    # (S,)
+    sequences, sequence = np.unique(codes, axis=0, return_inverse=True)
+    joint = entropy(sequence.reshape(-1, 1), len(sequences))            # (1,)
+    return {"codes_used": np.mean(used),
+            "perplexity": np.exp(each).mean(),
+            "entropy_joint": joint[0],
             **{f"entropy_{i}": value for i, value in enumerate(each)}}
 
 
 def stillness(val: dict) -> dict:
     """Still pairs should share one sequence of codes, which no moving pair has (elsewhere)."""
     sequences, count = np.unique(val["still"], axis=0, return_counts=True)
-    has_it = (val["codes"] == sequences[count.argmax()]).all(1)         # (N,)
+    commonest = sequences[count.argmax()]                               # (S,)
+    has_it = (val["codes"] == commonest).all(1)                         # (N,)
     motion = np.abs(val["difference"]).mean(1)                          # (N,)
     motion_of_them = motion[has_it].sum() / max(1, has_it.sum())
-    return {"still_same": count.max() / count.sum(), "still_elsewhere": has_it.mean(),
+    return {"still_same": count.max() / count.sum(),
+            "still_elsewhere": has_it.mean(),
             "still_elsewhere_motion": motion_of_them / motion.mean()}
 
 
@@ -855,8 +920,9 @@ SAMPLES_A_DEGREE = 2                        # a probe is fitted on so many for e
 def probes(fit: dict, val: dict, columns: list[int], cfg: Config) -> dict:
     """Held-out R2 and MSE of ridge probes to the executed motion, from latents and baselines; none
     where samples are too few for the probe's width."""
+    target = fit["action_sum"][:, columns]
+    truth = val["action_sum"][:, columns]
     out = {}
-    target, truth = fit["action_sum"][:, columns], val["action_sum"][:, columns]
     for name, key in PROBES.items():
         freedoms = min(fit[key].shape[1], cfg.tokens * cfg.codes)       # vectors are of S*K kinds
         if not columns or len(target) < SAMPLES_A_DEGREE * freedoms:
@@ -881,11 +947,12 @@ def few_label_probes(few: dict, val: dict, dims: list[int]) -> dict:
     columns = varying(few, val, dims)
     if not columns or len(np.unique(few["episode"])) < 2:
         return {}
-    target, truth = (torch.from_numpy(x["action_sum"][:, columns]) for x in (few, val))
+    target = torch.from_numpy(few["action_sum"][:, columns])
+    truth = torch.from_numpy(val["action_sum"][:, columns])
     out = {}
     for name, key in FEW_LABEL_PROBES.items():
-        x, x_val = torch.from_numpy(few[key]), torch.from_numpy(val[key])
-        prediction = KernelRidge([x], target, few["episode"])([x_val])
+        probe = KernelRidge([torch.from_numpy(few[key])], target, few["episode"])
+        prediction = probe([torch.from_numpy(val[key])])
         out[f"few_label_r2{name}"] = r2_of_all(prediction, truth, target.std(0))
     return out
 
@@ -893,14 +960,15 @@ def few_label_probes(few: dict, val: dict, dims: list[int]) -> dict:
 def report_card(m: dict) -> str:
     """Whether the latents are worth a second stage, one check a line with its figures."""
     gap = m["psnr"] - m["psnr_shuffled"]
-    checks = [(m["codes_used"] >= 0.5, f"codes used {m['codes_used']:.0%} (at least 50%)"),
+    used = m["codes_used"]
+    checks = [(used >= 0.5, f"codes used {used:.0%} (at least 50%)"),
               (gap >= 0.5, f"shuffled codes cost {gap:.2f} dB (at least 0.5)")]
     if "few_label_r2" in m:
         mine = m["few_label_r2"]
         text = f"motion from 2 labelled episodes a task: R2 {mine:.2f}"
-        for name in ("random_quantizer", "pooled_difference"):
-            other = m[f"few_label_r2_{name}"]
-            checks.append((mine > other, f"{text} ({name.replace('_', ' ')} {other:.2f})"))
+        for what in ("random quantizer", "pooled difference"):
+            other = m[f"few_label_r2_{what.replace(' ', '_')}"]
+            checks.append((mine > other, f"{text} ({what} {other:.2f})"))
     lines = [f"  {'pass' if good else 'FAIL'}  {what}" for good, what in checks]
     good = all(good for good, _ in checks)
     verdict = "worth a second stage" if good else "stage 2 on these latents would teach no more " \
@@ -922,25 +990,31 @@ class KernelRidge:
 
     def __init__(self, features: list, y: torch.Tensor, episode: np.ndarray):
         rows = np.random.default_rng(0).permutation(len(y))[:self.most]
-        features, y = [x[rows].double() for x in features], y[rows].double()
-        episode = episode[rows]
-        self.center, self.mean = [x.mean(0) for x in features], y.mean(0)
+        features = [x[rows].double() for x in features]
+        y, episode = y[rows].double(), episode[rows]
+        self.center = [x.mean(0) for x in features]
         self.rows = [x - center for x, center in zip(features, self.center)]
         self.unit = [x.square().sum(1).mean() + 1e-12 for x in self.rows]
-        members = [torch.from_numpy(np.flatnonzero(episode == e)) for e in np.unique(episode)]
-        best, distance, y = math.inf, self.distance(features), y - self.mean
+        self.mean = y.mean(0)
+        y, best = y - self.mean, math.inf
+        distance = self.distance(features)
+        left_out = [torch.from_numpy(np.flatnonzero(episode == e)) for e in np.unique(episode)]
         for width in (0.1, 0.3, 1.0):
-            values, vectors = torch.linalg.eigh((-width * distance).exp())
+            kernel = (-width * distance).exp()
+            values, vectors = torch.linalg.eigh(kernel)
             projected = vectors.T @ y
             for penalty in (0.1, 0.3, 1.0):
-                inverse = vectors / (values + penalty)
-                weights, error = inverse @ projected, 0.0
-                for o in members:
-                    residual = torch.linalg.solve(inverse[o] @ vectors[o].T, weights[o])
+                inverse = vectors / (values + penalty)                  # G = inverse @ vectors.T
+                weights = inverse @ projected
+                error = 0.0
+                for o in left_out:
+                    block = inverse[o] @ vectors[o].T                   # G_oo
+                    residual = torch.linalg.solve(block, weights[o])
                     error += residual.square().sum().item()
                 if error < best:
                     best, self.width, self.weights = error, width, weights
-        self.r2 = 1 - best / max(y.square().sum().item(), 1e-12)
+        spread = y.square().sum().item()
+        self.r2 = 1 - best / max(spread, 1e-12)
 
     def distance(self, features: list) -> torch.Tensor:
         """Squared, from Q rows to those of the fit, (Q, M)."""
@@ -961,40 +1035,46 @@ def r2_of_all(prediction, y, unit) -> float:
 
 def directions(fit: dict, val: dict, prediction, target, truth) -> dict:
     """How well the probe tells which way the moving half moves, and how far all move."""
-    length, true_length = np.linalg.norm(target, axis=1), np.linalg.norm(truth, axis=1)
-    movers = true_length >= np.median(true_length)
-    mean = target.mean(0, keepdims=True)
-    magnitude = ridge(fit["vectors"], length[:, None], val["vectors"])
-    return {"probe_direction_cosine": cosine(prediction, truth)[movers].mean(),
-            "probe_direction_cosine_of_mean": cosine(mean, truth)[movers].mean(),
-            "probe_r2_magnitude": r2(magnitude, true_length[:, None]).mean()}
+    length = np.linalg.norm(target, axis=1, keepdims=True)              # (N, 1)
+    true_length = np.linalg.norm(truth, axis=1, keepdims=True)
+    movers = true_length[:, 0] >= np.median(true_length)
+    to_prediction = cosine(prediction, truth)
+    to_mean = cosine(target.mean(0, keepdims=True), truth)
+    magnitude = ridge(fit["vectors"], length, val["vectors"])
+    return {"probe_direction_cosine": to_prediction[movers].mean(),
+            "probe_direction_cosine_of_mean": to_mean[movers].mean(),
+            "probe_r2_magnitude": r2(magnitude, true_length).mean()}
 
 
 def meaning(fit: dict, val: dict, columns: list[int], cfg: Config) -> dict:
     """What codes share with the instruction, beside shuffled ones, and how much of their entropy
     (nats) is left once the octant of the motion is known."""
-    text = np.unique(val["instruction"].astype(str), return_inverse=True)[1]
+    codes = val["codes"]                                                # (N, S)
+    _, text = np.unique(val["instruction"].astype(str), return_inverse=True)
     shuffled = np.random.default_rng(0).permutation(text)
-    out = {"nmi_instruction": np.mean([nmi(text, c) for c in val["codes"].T]),
-           "nmi_instruction_shuffled": np.mean([nmi(shuffled, c) for c in val["codes"].T])}
+    out = {"nmi_instruction": np.mean([nmi(text, column) for column in codes.T]),
+           "nmi_instruction_shuffled": np.mean([nmi(shuffled, column) for column in codes.T])}
     if columns:
-        motion, typical = (x["action_sum"][:, columns[:3]] for x in (val, fit))
-        bits = motion > np.median(typical, 0)                           # (N, 3)
-        octant = (bits * 2 ** np.arange(bits.shape[1])).sum(1)          # (N,)
+        motion = val["action_sum"][:, columns[:3]]                      # (N, 3)
+        typical = np.median(fit["action_sum"][:, columns[:3]], 0)
+        bits = motion > typical
+        octant = bits @ 2 ** np.arange(bits.shape[1])                   # (N,)
         left = 0.0
         for cell in np.unique(octant):
             rows = octant == cell
-            left += rows.mean() * entropy(val["codes"][rows], cfg.codes).mean()
-        out |= {"token_entropy": entropy(val["codes"], cfg.codes).mean(),
-                "token_entropy_given_action_octant": left}
+            each = entropy(codes[rows], cfg.codes)                      # (S,)
+            left += rows.mean() * each.mean()
+        out["token_entropy"] = entropy(codes, cfg.codes).mean()
+        out["token_entropy_given_action_octant"] = left
     return out
 
 
 def varying(fit: dict, val: dict, dims: list[int]) -> list[int]:
     """Those of the action columns dims that vary in both samples; none if one has under 8 rows."""
-    if min(len(x["action_sum"]) for x in (fit, val)) < 8:
+    motions = fit["action_sum"], val["action_sum"]
+    if min(map(len, motions)) < 8:
         return []
-    deviation = np.minimum(*(x["action_sum"].std(0) for x in (fit, val)))
+    deviation = np.minimum(*(motion.std(0) for motion in motions))
     return [i for i in dims if deviation[i] > 1e-6]
 
 
@@ -1002,11 +1082,14 @@ def ridge(x, y, x_val, alpha: float = 1e-2) -> np.ndarray:
     """Ridge regression of y (N, m) on x (N, n), standardized -> predictions for x_val, float64.
     Columns that hardly vary are not blown up: in x_val they may."""
     x, y, x_val = (np.asarray(v, np.float64) for v in (x, y, x_val))
-    center, mean = x.mean(0), y.mean(0)
-    scale = np.maximum(x.std(0), 0.01 * x.std(0).mean() + 1e-8)
-    x, x_val = (x - center) / scale, (x_val - center) / scale
+    center, deviation = x.mean(0), x.std(0)
+    scale = np.maximum(deviation, 0.01 * deviation.mean() + 1e-8)
+    x = (x - center) / scale
+    x_val = (x_val - center) / scale
+    mean = y.mean(0)
     penalty = alpha * len(x) * np.eye(x.shape[1])
-    slope = np.linalg.solve(x.T @ x + penalty, x.T @ (y - mean))        # (n, m)
+    gram = x.T @ x + penalty                                            # (n, n)
+    slope = np.linalg.solve(gram, x.T @ (y - mean))                     # (n, m)
     return mean + x_val @ slope
 
 
@@ -1027,11 +1110,14 @@ def nmi(x, y) -> float:
     """Normalized mutual information of two labelings (N,)."""
     joint = np.zeros((x.max() + 1, y.max() + 1))
     np.add.at(joint, (x, y), 1 / len(x))
-    p_x, p_y = joint.sum(1, keepdims=True), joint.sum(0, keepdims=True)
-    ratio = joint.clip(1e-12) / (p_x * p_y).clip(1e-12)
+    p_x = joint.sum(1, keepdims=True)
+    p_y = joint.sum(0, keepdims=True)
+    independent = p_x * p_y
+    ratio = joint.clip(1e-12) / independent.clip(1e-12)
     information = (joint * np.log(ratio)).sum()
     entropies = [-(p * np.log(p.clip(1e-12))).sum() for p in (p_x, p_y)]
-    return information / math.sqrt(max(1e-24, math.prod(entropies)))
+    product = max(1e-24, math.prod(entropies))
+    return information / math.sqrt(product)
 
 
 def cosine(x, y):
@@ -1042,20 +1128,23 @@ def cosine(x, y):
 
 def ssim(x, y):
     """Structural similarity (Wang et al. 2004) of images (B, 3, H, H) of range 1 -> (B,)."""
-    mean_x, mean_y, mean_xx, mean_yy, mean_xy = (
-        F.avg_pool2d(v, 7, 1) for v in (x, y, x * x, y * y, x * y))     # 7x7 windows
-    variance = mean_xx - mean_x * mean_x + mean_yy - mean_y * mean_y
-    covariance = mean_xy - mean_x * mean_y
-    luminance = (2 * mean_x * mean_y + 1e-4) / (mean_x * mean_x + mean_y * mean_y + 1e-4)
+    window = partial(F.avg_pool2d, kernel_size=7, stride=1)
+    mean_x, mean_y = window(x), window(y)
+    xx, yy, xy = mean_x * mean_x, mean_y * mean_y, mean_x * mean_y
+    variance = window(x * x) - xx + window(y * y) - yy                  # of x and of y
+    covariance = window(x * y) - xy
+    luminance = (2 * xy + 1e-4) / (xx + yy + 1e-4)
     structure = (2 * covariance + 9e-4) / (variance + 9e-4)
-    return (luminance * structure).mean((1, 2, 3))
+    similarity = luminance * structure
+    return similarity.mean((1, 2, 3))
 
 
 def weighted_flow(flow: np.ndarray) -> np.ndarray:
     """Flow fields (N, 2, h, w) -> their mean weighted by magnitude, (N, 2): which way the moving
     parts move."""
     magnitude = np.linalg.norm(flow, axis=1, keepdims=True) + 1e-6
-    return (flow * magnitude).sum((2, 3)) / magnitude.sum((2, 3))
+    total = (flow * magnitude).sum((2, 3))
+    return total / magnitude.sum((2, 3))
 
 
 # ------------------------------------------------------------ main
@@ -1142,11 +1231,12 @@ def check(cfg: Config):
              f"(--size {cfg.size} --arch {cfg.arch})")
     if cfg.parallel == "fsdp" and cfg.arch == "cnn":
         fail("--parallel fsdp divides transformer layers, --arch cnn has none; give --parallel ddp")
-    levels = " ".join(map(str, cfg.levels))
-    if cfg.quantizer == "fsq" and math.prod(cfg.levels) != cfg.codes:
-        fail(f"--levels {levels} make {math.prod(cfg.levels)} codes, --codes is {cfg.codes}")
-    if cfg.quantizer == "fsq" and min(cfg.levels) < 2:
-        fail(f"--levels {levels}: each must be at least 2")
+    if cfg.quantizer == "fsq":
+        levels, product = " ".join(map(str, cfg.levels)), math.prod(cfg.levels)
+        if product != cfg.codes:
+            fail(f"--levels {levels} make {product} codes, --codes is {cfg.codes}")
+        if min(cfg.levels) < 2:
+            fail(f"--levels {levels}: each must be at least 2")
 
 
 def evaluation_loaders(cfg, load) -> dict:
@@ -1186,8 +1276,10 @@ def fit_to_data(models: list[LAQ], cfg: Config, loader, device):
 def fit_actions(model: LAQ, cfg: Config, loader):
     """Mean and deviation of each dataset's executed motion; constant dimensions count nothing."""
     batches = list(loader.peek(cfg.eval_batches))
+    motions = np.concatenate([batch["action_sum"] for batch in batches])            # (N, A)
+    dataset = np.concatenate([batch["dataset"] for batch in batches])
     for i in range(len(loader.names)):
-        motion = np.concatenate([b["action_sum"][b["dataset"] == i] for b in batches])
+        motion = motions[dataset == i]
         if len(motion) > 1:
             deviation = motion.std(0)
             scale = np.where(deviation > 1e-6, 1 / deviation.clip(1e-6), 0.0)
@@ -1242,10 +1334,11 @@ def export(model: LAQ, cfg: Config, step: int, loader):
     picture(model, cfg, loader)
     probe = data_oxe.to_device(next(loader.peek(1)), "cpu", cfg.image_size)
     frames = probe["frames"][:4].clone()
-    codes = model.encode(frames)[0]
-    manifest = {"schema": "laq.v2", "tokens": cfg.tokens, "codes": cfg.codes,
-                "code_dim": cfg.code_dim, "image_size": cfg.image_size, "horizon": loader.horizon,
-                "mix": cfg.mix, "step": step, "config": asdict(cfg), "torch": torch.__version__}
+    codes, _ = model.encode(frames)
+    manifest = {"schema": "laq.v2", "horizon": loader.horizon, "step": step,
+                "config": asdict(cfg), "torch": torch.__version__}
+    manifest |= {name: manifest["config"][name]
+                 for name in ("tokens", "codes", "code_dim", "image_size", "mix")}
     tensors = {"codebook": model.quantizer.codebook(), "probe_codes": codes}
 
     decoder, inputs = ExportedDecoder(model), (frames[:, 0].clone(), codes)
@@ -1280,13 +1373,16 @@ def picture(model: LAQ, cfg: Config, val_loader, columns: int = 8):
     frames = data_oxe.to_device(batch, "cpu", cfg.image_size)["frames"][:columns]
     codes, latent = model.encode(frames)
     a, b = model.to_float(frames).unbind(1)
-    rows = {"frame t": a, "true t+k": b, "predicted": model.decoder(a, latent)[0],
-            "codes of the\nnext column": model.decoder(a, latent.roll(-1, 0))[0]}
-    fig, axes = plt.subplots(4, columns, figsize=(1.3 * columns + 1, 5.6), squeeze=False)
+    rows = {"frame t": a,
+            "true t+k": b,
+            "predicted": model.next_frame(a, latent),
+            "codes of the\nnext column": model.next_frame(a, latent.roll(-1, 0))}
+    size = 1.3 * columns + 1, 5.6
+    fig, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
     for line, (label, images) in zip(axes, rows.items()):
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-        for ax, image in zip(line, images):
-            show(ax, to_uint8(image[None])[0].cpu().numpy())
+        for ax, image in zip(line, to_uint8(images).cpu().numpy()):
+            show(ax, image)
     for ax, code in zip(axes[0], codes.tolist()):
         ax.set_title(" ".join(map(str, code)), fontsize=8)
     fig.tight_layout(h_pad=0.2, w_pad=0.2)
@@ -1296,8 +1392,9 @@ def picture(model: LAQ, cfg: Config, val_loader, columns: int = 8):
 
 def to_uint8(images):
     """float (B, 3, H, H) in -0.5..0.5 -> uint8 (B, H, H, 3)"""
-    x = ((images.float() + 0.5) * 255).round().clamp(0, 255)
-    return x.to(torch.uint8).permute(0, 2, 3, 1)
+    x = (images.float() + 0.5) * 255
+    x = x.round().clamp(0, 255).to(torch.uint8)
+    return x.permute(0, 2, 3, 1)
 
 
 def show(ax, image: np.ndarray, title: str = ""):
@@ -1319,7 +1416,8 @@ def load_raft(device):
     net = net.eval().requires_grad_(False).to(device)
 
     def flow(frames):
-        images = frames.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1       # (2B, 3, H, H)
+        images = frames.flatten(0, 1).permute(0, 3, 1, 2)               # (2B, 3, H, H)
+        images = images.float() / 127.5 - 1
         images = F.interpolate(images, (128, 128), mode="bilinear", antialias=True)
         a, b = images.unflatten(0, (-1, 2)).unbind(1)
         pixels = net(a.contiguous(), b.contiguous(), num_flow_updates=6)[-1]
@@ -1349,8 +1447,9 @@ def load_features(name: str, device):
         x = images.permute(0, 3, 1, 2).float() / 255
         x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
         x = net(pixel_values=(x - mean) / deviation).last_hidden_state
-        grid = (side // net.config.patch_size) ** 2
-        return unpatchify(x[:, x.shape[1] - grid:], 1)      # without class and register tokens
+        patches = (side // net.config.patch_size) ** 2
+        others = x.shape[1] - patches                       # class and register tokens
+        return unpatchify(x[:, others:], 1)
     return features, net.config.hidden_size
 
 
@@ -1457,7 +1556,8 @@ def lr_at(cfg, step: int) -> float:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
     lowest = cfg.final_lr * cfg.lr
-    return lowest + 0.5 * (cfg.lr - lowest) * (1 + math.cos(math.pi * min(1.0, progress)))
+    above = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))          # from 1 to 0
+    return lowest + above * (cfg.lr - lowest)
 
 
 def make_optimizer(cfg, model: nn.Module) -> torch.optim.AdamW:
@@ -2070,7 +2170,8 @@ def analyze(cfg: Config) -> int:
         page.append(f'<h2>{plot.__doc__}</h2><img src="data:image/png;base64,{encoded}">')
     rows = [(name, key, f"{value:.3f}") for name, values in metrics.items()
             if isinstance(values, dict) for key, value in values.items()]
-    cells = ["<tr>" + "".join(f"<td>{html.escape(x)}" for x in row) for row in rows]
+    cells = [f"<tr><td>{html.escape(name)}<td>{html.escape(key)}<td>{value}"
+             for name, key, value in rows]
     page.append(f"<h2>Metrics on held-out episodes</h2><table>{''.join(cells)}</table>")
     (folder / "report.html").write_text("\n".join(page))
     for row in rows:
@@ -2082,8 +2183,9 @@ def analyze(cfg: Config) -> int:
 @torch.no_grad()
 def find(cfg: Config) -> tuple[Findings, dict]:
     """Reads the checkpoint and the data, labels, measures."""
-    state = read_checkpoint(cfg.analyze, "--analyze")
-    device, seed = find_device(), 1000 * cfg.seed + state["step"]
+    state, device = read_checkpoint(cfg.analyze, "--analyze"), find_device()
+    step = state["step"]
+    seed = 1000 * cfg.seed + step
     load = partial(data_oxe.Loader, cfg, batch_size=64, image_size=cfg.image_size,
                    horizon_s=cfg.horizon_s, min_motion=cfg.min_motion, demonstrations=False,
                    shuffle_mb=64, seed=seed)
@@ -2101,29 +2203,37 @@ def find(cfg: Config) -> tuple[Findings, dict]:
     val = collect(model, control, cfg, val_loader, device, decoded=True, keep=True)
     frames = torch.from_numpy(val.pop("frames")).to(device)
     findings = Findings(model, val_loader.names, val_loader.motion_dims, val, frames,
-                        np.random.default_rng(state["step"]))
-    metrics = {"checkpoint": cfg.analyze, "step": state["step"], "tokens": consistency(findings)}
+                        np.random.default_rng(step))
+    metrics = {"checkpoint": cfg.analyze, "step": step, "tokens": consistency(findings)}
     for i, name in enumerate(val_loader.names):
-        if len(findings.rows(i)):
-            metrics[name] = metrics_of(rows_of(fit, i), rows_of(val, i), findings.dims[name], cfg)
-            metrics[name] |= transfer_cosines(findings, i) | left_out_probe(findings, fit, i)
+        if not len(findings.rows(i)):
+            continue
+        dims = findings.dims[name]
+        metrics[name] = metrics_of(rows_of(fit, i), rows_of(val, i), dims, cfg)
+        metrics[name] |= transfer_cosines(findings, i)
+        metrics[name] |= left_out_probe(findings, fit, i)
     return findings, metrics
 
 
 def consistency(f: Findings) -> dict:
     """Does a code move things alike, within a dataset and across them?"""
-    flow, code_flow = f.val["main_flow"].copy(), flow_of_codes(f)
+    flow = f.val["main_flow"].copy()                                    # (N, 2)
     for i in range(len(f.names)):
         rows = f.rows(i)
         if len(rows):
             flow[rows] -= flow[rows].mean(0)
-    variances = [flow[f.code == k].var(0).sum() for k in np.unique(f.code)]
+    of_code = [flow[f.code == k] for k in np.unique(f.code)]
+    variances = [rows.var(0).sum() for rows in of_code]
     out = {"within_token_variance": np.mean(variances), "flow_variance": flow.var(0).sum()}
     if len(f.names) > 1:
-        turns = [np.arccos(cosine(code_flow[i], code_flow[j]).clip(-1, 1))          # (K,)
-                 for i, j in itertools.combinations(range(len(f.names)), 2)]
-        out["across_dataset_variance"] = np.nanmean(np.nanvar(code_flow, 0).sum(-1))
-        out["mean_angle_degrees"] = np.degrees(np.mean([np.nanmean(turn) for turn in turns]))
+        code_flow = flow_of_codes(f)                                    # (datasets, K, 2)
+        variance = np.nanvar(code_flow, 0).sum(-1)                      # (K,)
+        angles = []
+        for one, other in itertools.combinations(code_flow, 2):
+            turn = np.arccos(cosine(one, other).clip(-1, 1))            # (K,)
+            angles.append(np.nanmean(turn))
+        out["across_dataset_variance"] = np.nanmean(variance)
+        out["mean_angle_degrees"] = np.degrees(np.mean(angles))
     return out
 
 
@@ -2133,8 +2243,9 @@ def flow_of_codes(f: Findings) -> np.ndarray:
     for i in range(len(f.names)):
         rows = f.rows(i)
         flow, code = f.val["main_flow"][rows], f.code[rows]
+        mean = flow.mean(0)
         for k in np.unique(code):
-            out[i, k] = flow[code == k].mean(0) - flow.mean(0)
+            out[i, k] = flow[code == k].mean(0) - mean
     return out
 
 
@@ -2146,11 +2257,14 @@ def transfer_cosines(f: Findings, dataset: int) -> dict:
     length = np.linalg.norm(flow, axis=1)
     movers = length >= np.median(length)
     for j, other in enumerate(f.names):
-        if len(f.rows(j)):
-            onto = f.frames[f.rng.choice(f.rows(j), len(rows)), 0]      # (N, H, H, 3)
-            after = transfer(f.model, f.frames[rows], onto)
-            moved = optical_flow(torch.stack([onto, after], 1).cpu().numpy())
-            out[f"transfer_cosine_to_{other}"] = cosine(weighted_flow(moved), flow)[movers].mean()
+        if not len(f.rows(j)):
+            continue
+        chosen = f.rng.choice(f.rows(j), len(rows))
+        onto = f.frames[chosen, 0]                                      # (N, H, H, 3)
+        after = transfer(f.model, f.frames[rows], onto)
+        pairs = torch.stack([onto, after], 1)
+        moved = weighted_flow(optical_flow(pairs.cpu().numpy()))        # (N, 2)
+        out[f"transfer_cosine_to_{other}"] = cosine(moved, flow)[movers].mean()
     return out
 
 
@@ -2160,25 +2274,27 @@ def transfer(model: LAQ, pairs: torch.Tensor, onto: torch.Tensor) -> torch.Tenso
     images = []
     for pair, frame in zip(pairs.split(64), onto.split(64)):
         a = model.to_float(torch.stack([frame, frame], 1))[:, 0]
-        images.append(to_uint8(model.decoder(a, model.encode(pair)[1])[0]))
+        _, latent = model.encode(pair)
+        images.append(to_uint8(model.next_frame(a, latent)))
     return torch.cat(images)
 
 
 def left_out_probe(f: Findings, fit: dict, dataset: int) -> dict:
     """R2 on a dataset of a probe that was fitted on the others, in units of each one's spread."""
-    name = f.names[dataset]
-    dims = varying(rows_of(fit, dataset), rows_of(f.val, dataset), f.dims[name])
+    val = rows_of(f.val, dataset)
+    dims = varying(rows_of(fit, dataset), val, f.dims[f.names[dataset]])
     x, y = [], []
     for i, other in enumerate(f.names):
         rows = rows_of(fit, i)
-        if i != dataset and dims and set(dims) <= set(varying(rows, rows, f.dims[other])):
+        its_dims = varying(rows, rows, f.dims[other])
+        if i != dataset and dims and set(dims) <= set(its_dims):
             x.append(rows["vectors"])
             y.append(spread(rows["action_sum"][:, dims]))
     if not x:
         return {}
-    val = rows_of(f.val, dataset)
+    truth = spread(val["action_sum"][:, dims])
     prediction = ridge(np.concatenate(x), np.concatenate(y), val["vectors"])
-    return {"probe_r2_left_out": r2(prediction, spread(val["action_sum"][:, dims])).mean()}
+    return {"probe_r2_left_out": r2(prediction, truth).mean()}
 
 
 def spread(y):
@@ -2207,38 +2323,43 @@ def plot_compass(f: Findings):
     """Mean flow of each code, centred for each dataset"""
     columns = min(len(f.names), 4)
     lines = math.ceil(len(f.names) / columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(4 * columns, 4 * lines), squeeze=False)
-    flow = flow_of_codes(f)
+    size = 4 * columns, 4 * lines
+    fig, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    flow = flow_of_codes(f)                                             # (datasets, K, 2)
     reach = 1.1 * np.nanmax(np.abs(flow))
-    zeros, colors = np.zeros(f.K), f.colors(np.arange(f.K))
+    limits = -reach, reach
+    start, colors = np.zeros(f.K), f.colors(np.arange(f.K))
     for ax, arrows, name in zip(axes.flat, flow, f.names):
-        ax.quiver(zeros, zeros, arrows[:, 0], -arrows[:, 1], color=colors, angles="xy",
-                  scale_units="xy", scale=1)
-        ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", title=name)
+        right, down = arrows.T
+        ax.quiver(start, start, right, -down, color=colors, angles="xy", scale_units="xy", scale=1)
+        ax.set(xlim=limits, ylim=limits, aspect="equal", title=name)
     return fig
 
 
 def plot_usage(f: Findings):
     """Codes used by each dataset, commonest sequences, histogram"""
     fig, (by_dataset, sequences, histogram) = plt.subplots(3, 1, figsize=(6, 7.5))
+    codes = f.val["codes"]                                              # (N, S)
+    n, S = codes.shape
     shares = []
     for i in range(len(f.names)):
-        codes = f.val["codes"][f.rows(i)]
-        count = np.stack([np.bincount(c, minlength=f.K) for c in codes.T])          # (S, K)
-        shares.append(count.ravel() / max(1, len(codes)))
+        rows = codes[f.rows(i)]
+        count = np.stack([np.bincount(column, minlength=f.K) for column in rows.T])
+        shares.append(count.ravel() / max(1, len(rows)))                # (S * K,)
     by_dataset.imshow(np.array(shares), aspect="auto")
     by_dataset.set(yticks=range(len(f.names)), yticklabels=f.names,
-                   xlabel=f"code, {f.val['codes'].shape[1]} positions of {f.K}")
+                   xlabel=f"code, {S} positions of {f.K}")
 
-    kinds, count = np.unique(f.val["codes"], axis=0, return_counts=True)
+    kinds, count = np.unique(codes, axis=0, return_counts=True)
     best = count.argsort()[::-1][:30]
-    labels = [" ".join(map(str, kinds[i])) for i in best]
-    sequences.bar(labels, count[best] / len(f.code))
+    labels = [" ".join(map(str, kind)) for kind in kinds[best]]
+    sequences.bar(labels, count[best] / n)
     sequences.tick_params(axis="x", rotation=90, labelsize=7)
     sequences.set_ylabel(f"share, of {len(count)} sequences")
 
-    count = np.sort(np.bincount(f.code, minlength=f.K))[::-1]
-    histogram.bar(range(f.K), count / len(f.code))
+    count = np.bincount(f.code, minlength=f.K)
+    falling = np.sort(count)[::-1]
+    histogram.bar(range(f.K), falling / n)
     histogram.set(xlabel=f"codes of position {f.position} by frequency", ylabel="share")
     return fig
 
@@ -2248,7 +2369,8 @@ def plot_gallery(f: Findings):
     n = len(f.inspected)
     fig, axes = plt.subplots(n, 8, figsize=(10.4, 1.3 * n), squeeze=False)
     for line, k in zip(axes, f.inspected):
-        rows = f.rng.permutation(np.flatnonzero(f.code == k))[:4]
+        its_pairs = np.flatnonzero(f.code == k)
+        rows = f.rng.permutation(its_pairs)[:4]
         for ax in line[2 * len(rows):]:
             ax.axis("off")
         images = f.frames[rows].flatten(0, 1).cpu().numpy()             # t, t+k, t, t+k ...
@@ -2265,30 +2387,33 @@ def plot_transfer(f: Findings):
     for line, k in zip(axes, f.inspected):
         a = f.rng.choice(np.flatnonzero(f.code == k))
         b = f.rng.integers(len(f.code))
+        pair, onto = f.frames[a], f.frames[b, 0]
         own, other = transfer(f.model, f.frames[[a, a]], f.frames[[a, b], 0])
-        images = torch.stack([*f.frames[a], own, f.frames[b, 0], other])
+        images = torch.stack([*pair, own, onto, other])
         images = images.cpu().numpy()                                   # (5, H, H, 3)
-        for ax, image, title in zip(line, images, titles):
+        *axes_of_images, last = line
+        for ax, image, title in zip(axes_of_images, images, titles):
             show(ax, image, title)
         flow = optical_flow(images[None, 3:])[0]                        # (2, 16, 16)
+        right, down = flow[:, ::2, ::2]                                 # (8, 8) each
         axis = np.arange(0, FLOW_GRID, 2)
-        line[5].quiver(axis, axis, flow[0, ::2, ::2], flow[1, ::2, ::2], angles="xy",
-                       scale_units="xy", scale=0.5)
-        line[5].set(xticks=[], yticks=[], ylim=(FLOW_GRID, -1), aspect="equal",
-                    title=f"its flow; code {k}")
+        last.quiver(axis, axis, right, down, angles="xy", scale_units="xy", scale=0.5)
+        last.set(xticks=[], yticks=[], ylim=(FLOW_GRID, -1), aspect="equal",
+                 title=f"its flow; code {k}")
     return fig
 
 
 def plot_codebook(f: Findings):
     """Codebooks, first two principal components; area is usage"""
     codebook = f.model.quantizer.codebook().detach().cpu()              # (S, K, D)
-    S, colors = len(codebook), f.colors(np.arange(f.K))
+    S, K, D = codebook.shape
+    colors = f.colors(np.arange(K))
     fig, axes = plt.subplots(1, S, figsize=(2.6 * S, 2.6), squeeze=False)
     for token, ax in enumerate(axes[0]):
-        u, s, _ = torch.pca_lowrank(codebook[token], min(2, *codebook.shape[1:]))
+        u, s, _ = torch.pca_lowrank(codebook[token], min(2, K, D))
         xy = (u * s).numpy()
-        count = np.bincount(f.val["codes"][:, token], minlength=f.K)
-        share = count / len(f.code)
+        codes = f.val["codes"][:, token]
+        share = np.bincount(codes, minlength=K) / len(codes)
         ax.scatter(xy[:, 0], xy[:, -1], c=colors, s=4 + 200 * share)
         ax.set_title(f"position {token}")
     return fig
