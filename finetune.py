@@ -607,15 +607,17 @@ class Trunk(nn.Module):
         for camera in cameras[1:]:
             there = camera.flatten(1).any(1, keepdim=True)                          # (B, 1)
             shown.append(there.to(mask.dtype).expand(-1, P))
-        before, between, after = (x.expand(B, -1) for x in (self.before, self.between, self.after))
+        parts = self.before, self.between, self.after
+        before, between, after = (part.expand(B, -1) for part in parts)
         words = torch.cat([before, between, ids, after], 1)
         text = self.vlm.text_model.get_input_embeddings()(words)                    # (B, L, W)
-        readout = self.readout.expand(B, 1, -1).to(text.dtype)
         n = len(self.before)
-        tokens = torch.cat([text[:, :n], *image, text[:, n:], readout], 1)          # (B, T, W)
-        first, between = mask.new_ones(B, n), mask.new_ones(B, len(self.between))
+        start, rest = text[:, :n], text[:, n:]
+        readout = self.readout.expand(B, 1, -1).to(text.dtype)
+        tokens = torch.cat([start, *image, rest, readout], 1)                       # (B, T, W)
+        first, second = mask.new_ones(B, n), mask.new_ones(B, len(self.between))
         last = mask.new_ones(B, len(self.after) + 1)
-        return tokens, torch.cat([first, *shown, between, mask, last], 1)
+        return tokens, torch.cat([first, *shown, second, mask, last], 1)
 
     def read(self, tokens, seen, more=None):
         """What prompt gives, and embeddings that follow the readout, (B, E, W) -> hidden states of
@@ -683,7 +685,8 @@ class FlowHead(nn.Module):
         h = self.input(x) + c
         for mod, mlp in zip(self.mod, self.mlp):
             scale, bias, gate = mod(c).chunk(3, 1)
-            h = h + gate * mlp(F.layer_norm(h, h.shape[-1:]) * (1 + scale) + bias)
+            standard = F.layer_norm(h, h.shape[-1:])
+            h = h + gate * mlp(standard * (1 + scale) + bias)
         return self.output(F.layer_norm(h, h.shape[-1:]))
 
     def loss(self, x, cond, weight):
@@ -697,10 +700,12 @@ class FlowHead(nn.Module):
         towards noise (SD3, 2403.03206): in many dimensions x_t gives x away unless t is close to
         1."""
         x, cond = (a.repeat(self.draws, 1) for a in (x, cond))
-        t = torch.rand(len(x), device=x.device) ** (1 / 1.5) * 0.999 + 0.001        # by inversion
+        u = torch.rand(len(x), device=x.device)
+        t = u ** (1 / 1.5) * 0.999 + 0.001                                          # by inversion
         t = 4 * t / (1 + 3 * t)
         noise = torch.randn_like(x)
-        velocity = self(t[:, None] * noise + (1 - t[:, None]) * x, t, cond)
+        x_t = t[:, None] * noise + (1 - t[:, None]) * x
+        velocity = self(x_t, t, cond)
         return (velocity - (noise - x)).square()
 
     def sample(self, cond, noise):
@@ -788,7 +793,8 @@ class KernelRidge:
 def r2_of_all(prediction, y, unit) -> float:
     """Explained share of the variance of y (M, m), its columns in their units (m,)."""
     left = ((prediction - y) / unit).square().sum()
-    return 1 - (left / ((y - y.mean(0)) / unit).square().sum()).item()
+    whole = ((y - y.mean(0)) / unit).square().sum()
+    return 1 - (left / whole).item()
 
 
 # ------------------------------------------------------------ evaluation
@@ -1295,8 +1301,10 @@ class PooledDifference(Labeller):
         super().__init__(None, manifest, None)
 
     def __call__(self, frames):
-        frames = data_oxe.resize_to(frames, self.image_size).permute(0, 1, 4, 2, 3).float() / 255
-        cells = F.adaptive_avg_pool2d(frames[:, 1] - frames[:, 0], 8)   # (B, 3, 8, 8)
+        frames = data_oxe.resize_to(frames, self.image_size)
+        channels_first = frames.permute(0, 1, 4, 2, 3)
+        a, b = (channels_first.float() / 255).unbind(1)                 # (B, 3, H, H) each
+        cells = F.adaptive_avg_pool2d(b - a, 8)                         # (B, 3, 8, 8)
         return None, cells.flatten(1)[:, None]
 
     def check(self, cfg, loader):
@@ -1637,7 +1645,8 @@ class DualTrunk(Trunk):
 
     def see(self, images):
         """Features of all patches, (B, patches, widths of both towers): their grids are equal."""
-        towers, x = self.vlm.vision_model, images.permute(0, 3, 1, 2).float() / 255
+        towers = self.vlm.vision_model
+        x = images.permute(0, 3, 1, 2).float() / 255                    # (B, 3, H, W)
         siglip = towers["siglip"](2 * x - 1).last_hidden_state
         dinov2 = towers["dinov2"]((x - self.mean) / self.deviation).last_hidden_state
         return torch.cat([siglip, dinov2[:, 1:]], -1)                   # without the class token

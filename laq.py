@@ -302,7 +302,8 @@ class ViTEncoder(nn.Module):
         x = self.narrow(self.norm(x))                                   # (B, P, 16)
         gate = motion_gate(a, b, math.isqrt(x.shape[1]))                # (B, 1, sqrt(P), sqrt(P))
         x = x * gate.flatten(2).transpose(1, 2)
-        return self.out(x.flatten(1)).unflatten(1, (self.tokens, -1))   # (B, S, D)
+        z = self.out(x.flatten(1))                                      # (B, S*D)
+        return z.unflatten(1, (self.tokens, -1))                        # (B, S, D)
 
 
 class ViTDecoder(nn.Module):
@@ -329,8 +330,9 @@ class ViTDecoder(nn.Module):
         x = torch.cat([tokens, patches], 1) + self.position             # (B, S+P, W)
         x = self.blocks(x)
         x = self.norm(x[:, self.tokens:])                               # (B, P, W)
-        prediction = a + unpatchify(self.to_pixels(x), self.patch)      # (B, 3, H, H)
-        return prediction, unpatchify(self.to_flow(x), 2), unpatchify(x, 1)
+        change = unpatchify(self.to_pixels(x), self.patch)              # (B, 3, H, H)
+        flow = unpatchify(self.to_flow(x), 2)
+        return a + change, flow, unpatchify(x, 1)
 
 
 class Block(nn.Module):
@@ -385,7 +387,8 @@ def motion_gate(a, b, side: int):
     read out through it: where nothing moves they see nothing, so all still pairs have the same
     codes, whatever they show."""
     change = (b - a).abs().mean(1, keepdim=True)                        # (B, 1, H, H)
-    return torch.tanh(20 * F.adaptive_avg_pool2d(change, side))
+    of_cell = F.adaptive_avg_pool2d(change, side)
+    return torch.tanh(20 * of_cell)
 
 
 class CNNEncoder(nn.Module):
@@ -404,7 +407,8 @@ class CNNEncoder(nn.Module):
         gate = motion_gate(a, b, x.shape[-1])                           # (B, 1, H/16, H/16)
         x = F.silu(self.norm(x)) * gate
         x = F.adaptive_avg_pool2d(x, 4)                                 # (B, 8c, 4, 4)
-        return self.out(x.flatten(1)).unflatten(1, (self.tokens, -1))   # (B, S, D)
+        z = self.out(x.flatten(1))                                      # (B, S*D)
+        return z.unflatten(1, (self.tokens, -1))                        # (B, S, D)
 
 
 class CNNDecoder(nn.Module):
@@ -439,7 +443,8 @@ class CNNDecoder(nn.Module):
                 x = x + skips.pop()
             if i == 1:
                 hidden = x                                              # (B, 2c, H/4, H/4)
-        return a + torch.tanh(self.to_pixels(x)), self.to_flow(hidden), hidden
+        change = torch.tanh(self.to_pixels(x))                          # (B, 3, H, H)
+        return a + change, self.to_flow(hidden), hidden
 
 
 class Residual(nn.Module):
@@ -518,7 +523,8 @@ class VQ(Quantizer):
     def codes(self, z):
         z, vectors = exact(z), exact(self.vectors)
         dot = torch.einsum("bsd,skd->bsk", z, vectors)
-        return (vectors.square().sum(-1) - 2 * dot).argmin(-1)          # (B, S)
+        distance = vectors.square().sum(-1) - 2 * dot                   # less z's own length
+        return distance.argmin(-1)                                      # (B, S)
 
     def forward(self, z):
         codes = self.codes(z)
@@ -686,9 +692,9 @@ def optical_flow(frames) -> np.ndarray:
 def flow_of_pair(pair: np.ndarray) -> np.ndarray:
     side = min(128, pair.shape[1])
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in pair]
-    a, b = [cv2.resize(x, (side, side), interpolation=cv2.INTER_AREA) for x in grey]
+    small = [cv2.resize(x, (side, side), interpolation=cv2.INTER_AREA) for x in grey]
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    flow = dis.calc(a, b, None)                                         # (side, side, 2), pixels
+    flow = dis.calc(*small, None)                                       # (side, side, 2), pixels
     flow = cv2.resize(flow, (FLOW_GRID, FLOW_GRID), interpolation=cv2.INTER_AREA)
     return flow * (FLOW_GRID / side)
 
@@ -696,9 +702,9 @@ def flow_of_pair(pair: np.ndarray) -> np.ndarray:
 def labelled(cfg: Config, batch: dict) -> np.ndarray:
     """Which samples may show actions to the latents, bool (B,): a fixed choice of episodes."""
     number = batch["dataset"] * 1_000_003 + batch["episode"] * 7919 + cfg.seed
-    scrambled = number * 2654435761 % (1 << 32)
-    draw = scrambled / (1 << 32)                                        # in 0..1
-    return batch["has_action"] & (draw < cfg.action_fraction)
+    scrambled = number * 2654435761 % (1 << 32)                         # a hash
+    chosen = scrambled / (1 << 32) < cfg.action_fraction
+    return batch["has_action"] & chosen
 
 
 def augment(frames: torch.Tensor, flow: torch.Tensor | None, cfg: Config):
@@ -719,7 +725,7 @@ def augment(frames: torch.Tensor, flow: torch.Tensor | None, cfg: Config):
         brightness = 128 * cfg.color * (2 * u[:, 4:7] - 1)              # (B, 3)
         gain = 1 + contrast[:, None, None, None, None]
         x = (frames.float() - 128) * gain + 128
-        x = x + brightness[:, None, None, None]
+        x = x + brightness[:, None, None, None]                         # (B, 2, H, H, 3)
         frames = x.round().clamp(0, 255).to(torch.uint8)
     return frames, flow
 
@@ -735,7 +741,8 @@ def random_window(u: torch.Tensor, height: int, cfg: Config):
         offset = pixels * 2 / height
     identity = torch.eye(2, device=u.device)
     scale = zoom[:, None, None] * identity                              # (B, 2, 2)
-    return zoom, torch.cat([scale, offset[:, :, None]], 2)
+    theta = torch.cat([scale, offset[:, :, None]], 2)
+    return zoom, theta
 
 
 def sample(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
@@ -837,14 +844,18 @@ def evaluate(model: LAQ, control: LAQ, cfg: Config, loaders: dict, device) -> di
     metrics |= code_use(val, cfg)
     metrics["samples"] = len(val["dataset"])
     if len(each) > 1:
-        metrics |= {f"{name}/{key}": x for name, m in each.items() for key, x in m.items()}
+        for name, its in each.items():
+            metrics |= {f"{name}/{key}": value for key, value in its.items()}
     return metrics
 
 
 def mean_of_datasets(each: dict) -> dict:
     """{dataset: {metric: value}} -> {metric: its mean over those that have it}"""
-    names = dict.fromkeys(name for metrics in each.values() for name in metrics)
-    return {name: np.mean([m[name] for m in each.values() if name in m], 0) for name in names}
+    means = {}
+    for name in dict.fromkeys(name for metrics in each.values() for name in metrics):
+        values = [metrics[name] for metrics in each.values() if name in metrics]
+        means[name] = np.mean(values, 0)
+    return means
 
 
 def describe(m: dict, cfg: Config) -> str:
@@ -881,8 +892,12 @@ def reconstruction(val: dict) -> dict:
     error = val["mse"].mean(0)                                          # (4,)
     psnr, shuffled, backwards, copied = -10 * np.log10(error)
     similarity, similarity_copied = val["ssim"].mean(0)
-    return {"psnr": psnr, "psnr_shuffled": shuffled, "psnr_reversed": backwards,
-            "psnr_copy": copied, "ssim": similarity, "ssim_copy": similarity_copied}
+    return {"psnr": psnr,
+            "psnr_shuffled": shuffled,
+            "psnr_reversed": backwards,
+            "psnr_copy": copied,
+            "ssim": similarity,
+            "ssim_copy": similarity_copied}
 
 
 def code_use(val: dict, cfg: Config) -> dict:
@@ -928,9 +943,8 @@ def probes(fit: dict, val: dict, columns: list[int], cfg: Config) -> dict:
         if not columns or len(target) < SAMPLES_A_DEGREE * freedoms:
             continue
         prediction = ridge(fit[key], target, val[key])
-        each = r2(prediction, truth)
-        out[f"probe_r2{name}"] = each.mean()
-        out[f"probe_mse{name}"] = ((prediction - truth) ** 2).mean()
+        each, error = r2(prediction, truth), (prediction - truth) ** 2
+        out |= {f"probe_r2{name}": each.mean(), f"probe_mse{name}": error.mean()}
         if key == "vectors":
             out |= {f"probe_r2_{i}": value for i, value in enumerate(each)}
             out |= directions(fit, val, prediction, target, truth)
@@ -970,9 +984,10 @@ def report_card(m: dict) -> str:
             other = m[f"few_label_r2_{what.replace(' ', '_')}"]
             checks.append((mine > other, f"{text} ({what} {other:.2f})"))
     lines = [f"  {'pass' if good else 'FAIL'}  {what}" for good, what in checks]
-    good = all(good for good, _ in checks)
-    verdict = "worth a second stage" if good else "stage 2 on these latents would teach no more " \
-        "than on a control, and may hurt"
+    good = all(passed for passed, _ in checks)
+    verdict = "stage 2 on these latents would teach no more than on a control, and may hurt"
+    if good:
+        verdict = "worth a second stage"
     return "\n".join(["report card", *lines, f"  {verdict}"])
 
 
@@ -1030,7 +1045,8 @@ class KernelRidge:
 def r2_of_all(prediction, y, unit) -> float:
     """Explained share of the variance of y (M, m), its columns in their units (m,)."""
     left = ((prediction - y) / unit).square().sum()
-    return 1 - (left / ((y - y.mean(0)) / unit).square().sum()).item()
+    whole = ((y - y.mean(0)) / unit).square().sum()
+    return 1 - (left / whole).item()
 
 
 def directions(fit: dict, val: dict, prediction, target, truth) -> dict:
@@ -1088,8 +1104,9 @@ def ridge(x, y, x_val, alpha: float = 1e-2) -> np.ndarray:
     x_val = (x_val - center) / scale
     mean = y.mean(0)
     penalty = alpha * len(x) * np.eye(x.shape[1])
-    gram = x.T @ x + penalty                                            # (n, n)
-    slope = np.linalg.solve(gram, x.T @ (y - mean))                     # (n, m)
+    squares = x.T @ x + penalty                                         # (n, n)
+    products = x.T @ (y - mean)                                         # (n, m)
+    slope = np.linalg.solve(squares, products)
     return mean + x_val @ slope
 
 
@@ -1101,9 +1118,10 @@ def r2(prediction, y) -> np.ndarray:
 
 def entropy(codes, K: int) -> np.ndarray:
     """Of each token's codes (N, S), in nats: (S,)"""
-    count = np.stack([np.bincount(column, minlength=K) for column in codes.T])      # (S, K)
-    share = count / max(1, len(codes))
-    return -(share * np.log(share.clip(1e-12))).sum(1)
+    counts = [np.bincount(column, minlength=K) for column in codes.T]
+    share = np.stack(counts) / max(1, len(codes))                       # (S, K)
+    surprise = -np.log(share.clip(1e-12))
+    return (share * surprise).sum(1)
 
 
 def nmi(x, y) -> float:
@@ -1170,7 +1188,8 @@ def main(cfg: Config) -> int:
         return 0
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     log = Logger(cfg, rank, world, start, flops, device)
-    log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
+    log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample")
+    log.print(loader.summary())
     save = Saver(cfg, model, optimizer, loader)
     stop_flag, batches = StopFlag(cfg, device), loader.to(device, targets.in_loader)
 
@@ -1232,7 +1251,8 @@ def check(cfg: Config):
     if cfg.parallel == "fsdp" and cfg.arch == "cnn":
         fail("--parallel fsdp divides transformer layers, --arch cnn has none; give --parallel ddp")
     if cfg.quantizer == "fsq":
-        levels, product = " ".join(map(str, cfg.levels)), math.prod(cfg.levels)
+        levels = " ".join(map(str, cfg.levels))
+        product = math.prod(cfg.levels)
         if product != cfg.codes:
             fail(f"--levels {levels} make {product} codes, --codes is {cfg.codes}")
         if min(cfg.levels) < 2:
@@ -1372,7 +1392,7 @@ def picture(model: LAQ, cfg: Config, val_loader, columns: int = 8):
     batch = next(val_loader.peek(1))
     frames = data_oxe.to_device(batch, "cpu", cfg.image_size)["frames"][:columns]
     codes, latent = model.encode(frames)
-    a, b = model.to_float(frames).unbind(1)
+    a, b = model.to_float(frames).unbind(1)                             # (columns, 3, H, H) each
     rows = {"frame t": a,
             "true t+k": b,
             "predicted": model.next_frame(a, latent),
@@ -1421,7 +1441,8 @@ def load_raft(device):
         images = F.interpolate(images, (128, 128), mode="bilinear", antialias=True)
         a, b = images.unflatten(0, (-1, 2)).unbind(1)
         pixels = net(a.contiguous(), b.contiguous(), num_flow_updates=6)[-1]
-        return F.adaptive_avg_pool2d(pixels, FLOW_GRID) * (FLOW_GRID / 128)
+        flow = F.adaptive_avg_pool2d(pixels, FLOW_GRID)
+        return flow * (FLOW_GRID / 128)
     return flow
 
 
@@ -2135,10 +2156,12 @@ class Findings:
         """Which token is looked at is chosen once: the one that varies most, and its commonest
         codes."""
         self.K = self.model.cfg.codes
-        self.position = int(entropy(self.val["codes"], self.K).argmax())
-        self.code = self.val["codes"][:, self.position]                 # (N,)
-        codes, count = np.unique(self.code, return_counts=True)
-        self.inspected = codes[count.argsort()[::-1][:6]]
+        codes = self.val["codes"]                                       # (N, S)
+        self.position = int(entropy(codes, self.K).argmax())
+        self.code = codes[:, self.position]                             # (N,)
+        kinds, count = np.unique(self.code, return_counts=True)
+        commonest = count.argsort()[::-1]
+        self.inspected = kinds[commonest[:6]]
 
     def rows(self, dataset: int) -> np.ndarray:
         return np.flatnonzero(self.val["dataset"] == dataset)
@@ -2192,7 +2215,7 @@ def find(cfg: Config) -> tuple[Findings, dict]:
     fit_loader, val_loader = load(split="train"), load(split="val")
     torch.manual_seed(cfg.seed)
     unused = "to_action", "to_features", "action_mean", "action_scale"  # only training needs them
-    weights = {k: v for k, v in state["model"].items() if not k.startswith(unused)}
+    weights = {name: x for name, x in state["model"].items() if not name.startswith(unused)}
     plain = replace(cfg, action_fraction=0.0)
     model, control = LAQ(plain).to(device), LAQ(plain).to(device)
     model.load_state_dict(weights)
@@ -2255,7 +2278,7 @@ def transfer_cosines(f: Findings, dataset: int) -> dict:
     rows, out = f.rows(dataset), {}
     flow = f.val["main_flow"][rows]
     length = np.linalg.norm(flow, axis=1)
-    movers = length >= np.median(length)
+    movers = length >= np.median(length)                                # (N,)
     for j, other in enumerate(f.names):
         if not len(f.rows(j)):
             continue
@@ -2309,13 +2332,13 @@ def plot_motion(f: Findings):
     for i, (line, name) in enumerate(zip(axes, f.names)):
         rows = f.rows(i)
         colors = f.colors(f.code[rows])
-        action = f.val["action_sum"][:, f.dims[name]]
-        values = {f"{name}: mean flow": f.val["main_flow"], "action": action,
-                  "state": f.val["state"]}
+        values = {f"{name}: mean flow": f.val["main_flow"][rows],
+                  "action": f.val["action_sum"][rows][:, f.dims[name]],
+                  "state": f.val["state"][rows]}
         for ax, (title, x) in zip(line, values.items()):
             ax.set_title(title)
             if x.shape[1] > 1:
-                ax.scatter(x[rows, 0], x[rows, 1], c=colors, s=4)
+                ax.scatter(x[:, 0], x[:, 1], c=colors, s=4)
     return fig
 
 

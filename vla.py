@@ -253,9 +253,11 @@ class CodeTokens(LatentPolicy):
             hidden = self.trunk.read(*prompt, self.tokens[answer])      # (B, S + 1, W)
             answer = F.pad(answer, (0, 1), value=self.target.K)         # (B, S + 1)
         words = self.trunk.vlm.text_model.get_input_embeddings().weight             # (V, W)
-        known = F.linear(hidden, words), F.linear(hidden, self.tokens)  # output as the input layer
-        logits = torch.cat(known, -1).float().flatten(0, 1)             # (B * (S + 1), V + K + 1)
-        return {"codes": F.cross_entropy(logits, len(words) + answer.flatten())}
+        of_words = F.linear(hidden, words)                              # output as the input layer
+        of_codes = F.linear(hidden, self.tokens)
+        logits = torch.cat([of_words, of_codes], -1).float()            # (B, S + 1, V + K + 1)
+        answer = len(words) + answer                                    # codes come after words
+        return {"codes": F.cross_entropy(logits.flatten(0, 1), answer.flatten())}
 
     def expect(self, prompt) -> tuple[torch.Tensor, torch.Tensor]:
         """The grammar is <ACTION>, S times <ACT_i>, </ACTION>: at the codes' places only <ACT_i>
@@ -273,7 +275,8 @@ class CodeTokens(LatentPolicy):
         return hidden[:, 0], torch.cat(codes, 1)
 
     def ask(self, prompt):
-        return self.trunk.read(*prompt, self.queries.expand(len(prompt[0]), -1, -1))
+        queries = self.queries.expand(len(prompt[0]), -1, -1)
+        return self.trunk.read(*prompt, queries)
 
     def codes(self, hidden):
         """(..., W) -> probabilities (..., K) by the grammar."""
@@ -293,9 +296,11 @@ class Multitask(Flow):
         """Each part is the mean over the samples of this forward pass that have it."""
         chunk, counts = self.actions(batch)
         labelled = batch["has_action"].float()                          # (B,)
-        action = self.action_head.loss(chunk, readout, counts * labelled[:, None])
+        counts = counts * labelled[:, None]
+        action = self.action_head.loss(chunk, readout, counts)          # mean over all B
         share = labelled.mean().clamp(min=1 / len(labelled))
-        return super().loss(batch, readout) | {"actions": self.action_weight * action / share}
+        parts = {"actions": self.action_weight * action / share}
+        return super().loss(batch, readout) | parts
 
 
 # a new one is a class that keeps to LatentPolicy
@@ -354,7 +359,8 @@ class Vectors(nn.Module):
         center = latents.mean(0)
         _, scale, basis = torch.linalg.svd(latents - center, full_matrices=False)
         deviation = scale.clamp(min=1e-4 * scale[0]) / len(latents) ** 0.5
-        basis = (basis / deviation[:, None])[:width].T                  # (S*D, N)
+        scaled = basis / deviation[:, None]
+        basis = scaled[:width].T                                        # (S*D, N)
         self.width = basis.shape[1]
         self.register_buffer("center", center)
         self.register_buffer("basis", basis)
@@ -370,9 +376,10 @@ class Vectors(nn.Module):
         """(B, N) -> (B, S, K): how near each code is to the latents that are meant."""
         if self.codebook is None:
             return None
-        latents = self.center + prediction @ torch.linalg.pinv(self.basis)          # (B, S*D)
         S, _, D = self.codebook.shape
-        return -(latents.view(-1, S, 1, D) - self.codebook).square().sum(-1)
+        latents = self.center + prediction @ torch.linalg.pinv(self.basis)          # (B, S*D)
+        difference = latents.view(-1, S, 1, D) - self.codebook          # (B, S, K, D)
+        return -difference.square().sum(-1)
 
 
 class Actions(nn.Module):
@@ -404,7 +411,8 @@ def whiten(codebook: torch.Tensor) -> torch.Tensor:
     K, D = codebook.shape[1:]
     centered = codebook - codebook.mean(1, keepdim=True)
     u, s, _ = torch.linalg.svd(centered, full_matrices=False)
-    u = u * (s > 1e-4 * s[:, :1])[:, None]                  # equal codes: directions of no meaning
+    means_something = s > 1e-4 * s[:, :1]                   # not between codes that are equal
+    u = u * means_something[:, None]
     return u[..., :min(K - 1, D)] * K ** 0.5
 
 
@@ -482,15 +490,17 @@ class Trunk(nn.Module):
         for camera in cameras[1:]:
             there = camera.flatten(1).any(1, keepdim=True)                          # (B, 1)
             shown.append(there.to(mask.dtype).expand(-1, P))
-        before, between, after = (x.expand(B, -1) for x in (self.before, self.between, self.after))
+        parts = self.before, self.between, self.after
+        before, between, after = (part.expand(B, -1) for part in parts)
         words = torch.cat([before, between, ids, after], 1)
         text = self.vlm.text_model.get_input_embeddings()(words)                    # (B, L, W)
-        readout = self.readout.expand(B, 1, -1).to(text.dtype)
         n = len(self.before)
-        tokens = torch.cat([text[:, :n], *image, text[:, n:], readout], 1)          # (B, T, W)
-        first, between = mask.new_ones(B, n), mask.new_ones(B, len(self.between))
+        start, rest = text[:, :n], text[:, n:]
+        readout = self.readout.expand(B, 1, -1).to(text.dtype)
+        tokens = torch.cat([start, *image, rest, readout], 1)                       # (B, T, W)
+        first, second = mask.new_ones(B, n), mask.new_ones(B, len(self.between))
         last = mask.new_ones(B, len(self.after) + 1)
-        return tokens, torch.cat([first, *shown, between, mask, last], 1)
+        return tokens, torch.cat([first, *shown, second, mask, last], 1)
 
     def read(self, tokens, seen, more=None):
         """What prompt gives, and embeddings that follow the readout, (B, E, W) -> hidden states of
@@ -558,7 +568,8 @@ class FlowHead(nn.Module):
         h = self.input(x) + c
         for mod, mlp in zip(self.mod, self.mlp):
             scale, bias, gate = mod(c).chunk(3, 1)
-            h = h + gate * mlp(F.layer_norm(h, h.shape[-1:]) * (1 + scale) + bias)
+            standard = F.layer_norm(h, h.shape[-1:])
+            h = h + gate * mlp(standard * (1 + scale) + bias)
         return self.output(F.layer_norm(h, h.shape[-1:]))
 
     def loss(self, x, cond, weight):
@@ -572,10 +583,12 @@ class FlowHead(nn.Module):
         towards noise (SD3, 2403.03206): in many dimensions x_t gives x away unless t is close to
         1."""
         x, cond = (a.repeat(self.draws, 1) for a in (x, cond))
-        t = torch.rand(len(x), device=x.device) ** (1 / 1.5) * 0.999 + 0.001        # by inversion
+        u = torch.rand(len(x), device=x.device)
+        t = u ** (1 / 1.5) * 0.999 + 0.001                                          # by inversion
         t = 4 * t / (1 + 3 * t)
         noise = torch.randn_like(x)
-        velocity = self(t[:, None] * noise + (1 - t[:, None]) * x, t, cond)
+        x_t = t[:, None] * noise + (1 - t[:, None]) * x
+        velocity = self(x_t, t, cond)
         return (velocity - (noise - x)).square()
 
     def sample(self, cond, noise):
@@ -628,20 +641,24 @@ def to_inputs(batch: dict, cfg: Config, labeller, trunk: Trunk, tokens, device,
     if cfg.null == "frame":
         frames = frames[:, :1].expand_as(frames)
     codes, latents = label_pairs(labeller, frames)
+    labels = {"latents": latents}
+    if codes is not None:
+        labels["codes"] = codes
     if cfg.null == "permuted":                                          # of the batch's pairs
-        codes, latents = (x if x is None else x.roll(1, 0) for x in (codes, latents))
-    target = {"codes": codes, "latents": latents}                       # 'pooled' has no codes
-    return inputs | {name: x for name, x in target.items() if x is not None}
+        labels = {name: x.roll(1, 0) for name, x in labels.items()}
+    return inputs | labels
 
 
 @torch.no_grad()
 def label_pairs(labeller, frames) -> tuple:
     """Frames (B, 1 + n, H, H, 3), n = --latent-chunk -> codes (B, S), latents (B, S, D) of all
     consecutive pairs: S counts the labeller's tokens of each."""
+    B = len(frames)
     pairs = torch.stack([frames[:, :-1], frames[:, 1:]], 2)             # (B, n, 2, H, H, 3)
     codes, latents = labeller(pairs.flatten(0, 1))
-    latents = latents.reshape(len(frames), -1, latents.shape[-1])
-    return codes if codes is None else codes.reshape(len(frames), -1), latents
+    if codes is not None:                                               # 'pooled' has none
+        codes = codes.reshape(B, -1)
+    return codes, latents.reshape(B, -1, latents.shape[-1])
 
 
 class Evaluation:
@@ -669,15 +686,17 @@ class Evaluation:
         each, draws = {}, {}
         for i, baseline in self.baselines.items():
             rows, name = rows_of(val, i), self.names[i]
-            if len(rows["dataset"]):
-                its_fits = {label: rows_of(fit, i) for label, fit in fits.items()}
-                each[name] = measure(rows, baseline) | action_probes(rows, its_fits)
-                draws[name] = resampled(rows, baseline)
-        metrics = {"loss": val["loss"].mean(), **mean_of_datasets(each),
-                   **self.intervals(mean_of_datasets(draws))}
+            if not len(rows["dataset"]):
+                continue
+            its_fits = {label: rows_of(fit, i) for label, fit in fits.items()}
+            each[name] = measure(rows, baseline) | action_probes(rows, its_fits)
+            draws[name] = resampled(rows, baseline)
+        metrics = mean_of_datasets(each) | self.intervals(mean_of_datasets(draws))
+        metrics["loss"] = val["loss"].mean()
         if len(self.names) > 1:
             metrics |= mix_of(val["dataset"], self.names, "mix") | self.mix
-            metrics |= {f"{name}/{key}": x for name, m in each.items() for key, x in m.items()}
+            for name, its in each.items():
+                metrics |= {f"{name}/{key}": value for key, value in its.items()}
         self.first = self.first or metrics
         return metrics
 
@@ -686,7 +705,8 @@ class Evaluation:
         trend = {f"{name}_trend": draws[name] - self.before[name] for name in self.before}
         out = {name: change.mean() for name, change in trend.items()}
         for name, values in {**draws, **trend}.items():
-            out[f"{name}_low"], out[f"{name}_high"] = np.quantile(values, [0.025, 0.975])
+            low, high = np.quantile(values, [0.025, 0.975])
+            out |= {f"{name}_low": low, f"{name}_high": high}
         self.before = draws
         return out
 
@@ -702,14 +722,15 @@ def collect(model: LatentPolicy, cfg: Config, inputs_of, loader, held_out: bool 
         tensors = data_oxe.to_device(batch, device, loader.image_size)
         inputs = inputs_of(tensors, labelled=held_out)
         if held_out:
-            other = torch.from_numpy(another_of_its_dataset(batch["dataset"])).to(device)
-            row = judge(model, inputs, other)
+            other = torch.from_numpy(another_of_its_dataset(batch["dataset"]))
+            row = judge(model, inputs, other.to(device))
         else:
-            row = dict(zip(("readout", "prediction"), model.predict(inputs)))
+            readout, prediction = model.predict(inputs)
+            row = {"readout": readout, "prediction": prediction}
         row = {name: value.cpu().numpy() for name, value in row.items()}
-        whole = batch["has_action"] & batch["action_mask"].all(1)
-        row |= {"actions": batch["actions"].reshape(len(whole), -1), "whole": whole,
-                "dataset": batch["dataset"], "episode": batch["episode"]}
+        row["actions"] = batch["actions"].reshape(len(batch["actions"]), -1)
+        row["whole"] = batch["has_action"] & batch["action_mask"].all(1)
+        row |= {"dataset": batch["dataset"], "episode": batch["episode"]}
         rows.append(row)
     model.train()
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
@@ -743,7 +764,8 @@ def baseline_of(known: dict) -> dict:
     """What one dataset's training episodes say without a model: the mean target (N,), its codes,
     the five commonest of each position (S, 5) and the commonest sequence (S,)."""
     weight = known["weight"]
-    baseline = {"mean": (known["target"] * weight).sum(0) / weight.sum(0).clip(1e-9)}
+    total = (known["target"] * weight).sum(0)
+    baseline = {"mean": total / weight.sum(0).clip(1e-9)}
     if "codes" in known:
         codes = known["codes"]
         count = histograms(codes, codes.max() + 1)
@@ -775,23 +797,28 @@ def errors(val: dict, baseline: dict) -> dict:
         out[f"mae{name}"] = np.abs(error).sum() / count
         out[f"cosine{name}"] = cosine(guess * weight, target * weight).mean()
     for name in SWAPPED:
-        out[f"target_r2{name}"] = 1 - out[f"mse{name}"] / max(out["mse_mean"], 1e-12)
+        left = out[f"mse{name}"] / max(out["mse_mean"], 1e-12)
+        out[f"target_r2{name}"] = 1 - left
     return out
 
 
 def accuracies(val: dict, baseline: dict) -> dict:
     """Is the code among the likeliest one or five? `_majority`: the commonest codes of training."""
-    codes, out = val["codes"], {}
+    codes, out = val["codes"], {}                                       # (M, S)
     guesses = {name: val[f"likeliest{name}"] for name in SWAPPED}       # (M, S, 5)
     guesses["_majority"] = baseline["majority"][None]
     for name, guess in guesses.items():
         right = guess == codes[..., None]
-        first, any_of_five = right[..., 0].mean(0), right.any(-1).mean(0)           # (S,) each
-        out |= {f"accuracy{name}": first.mean(), f"top5{name}": any_of_five.mean()}
-        for i in range(codes.shape[1]) if name in ("", "_majority") else ():
-            out |= {f"accuracy_{i}{name}": first[i], f"top5_{i}{name}": any_of_five[i]}
-    out["accuracy_all_tokens"] = (val["likeliest"][..., 0] == codes).all(1).mean()
-    out["accuracy_all_tokens_majority"] = (baseline["sequence"] == codes).all(1).mean()
+        top1 = right[..., 0].mean(0)                                    # (S,)
+        top5 = right.any(-1).mean(0)
+        out |= {f"accuracy{name}": top1.mean(), f"top5{name}": top5.mean()}
+        if name in ("", "_majority"):
+            out |= {f"accuracy_{i}{name}": value for i, value in enumerate(top1)}
+            out |= {f"top5_{i}{name}": value for i, value in enumerate(top5)}
+    sequences = {"": val["likeliest"][..., 0], "_majority": baseline["sequence"]}
+    for name, sequence in sequences.items():
+        right = (sequence == codes).all(1)
+        out[f"accuracy_all_tokens{name}"] = right.mean()
     return out
 
 
@@ -799,16 +826,15 @@ def population(val: dict, baseline: dict) -> dict:
     """Predicted codes as a population beside the true ones, means over positions: how many there
     are, their entropy (nats), and how far their histogram is from the true one; `_train`: how far
     that of training's codes is."""
-    true, guess, known = val["codes"], val["likeliest"][..., 0], baseline["codes"]
-    K = 1 + max(x.max() for x in (true, guess, known))
-    counts = {name: histograms(codes, K) for name, codes in
-              {"": guess, "_true": true, "_train": known}.items()}
+    codes = {"": val["likeliest"][..., 0], "_true": val["codes"], "_train": baseline["codes"]}
+    K = 1 + max(x.max() for x in codes.values())
+    counts = {name: histograms(x, K) for name, x in codes.items()}      # (S, K) each
     out = {}
     for name in ("", "_true"):
-        each = entropy_of(counts[name])
-        out[f"code_entropy{name}"] = each.mean()
+        each = entropy_of(counts[name])                                 # (S,)
+        used = (counts[name] > 0).sum(1)
+        out |= {f"code_entropy{name}": each.mean(), f"codes_unique{name}": used.mean()}
         out |= {f"code_entropy_{i}{name}": value for i, value in enumerate(each)}
-        out[f"codes_unique{name}"] = (counts[name] > 0).sum(1).mean()
     for name in ("", "_train"):
         kl, js = divergences(counts[name], counts["_true"])
         out |= {f"code_kl{name}": kl.mean(), f"code_js{name}": js.mean()}
@@ -822,7 +848,8 @@ def action_probes(val: dict, fits: dict) -> dict:
     out = {}
     for label, fit in fits.items():
         for feature in ("prediction", "readout"):
-            if (value := action_r2(fit, val, feature)) is not None:
+            value = action_r2(fit, val, feature)
+            if value is not None:
                 out[f"action_r2_{label}_{feature}"] = value
     return out
 
@@ -830,29 +857,34 @@ def action_probes(val: dict, fits: dict) -> dict:
 def describe(m: dict) -> str:
     """A line on codes, on vectors, on actions; the verdict; of several datasets a table."""
     lines = []
-    for name, what in {"accuracy": "nearest code", "target_r2": "R2 of the target"}.items():
-        if name not in m:
-            continue
-        text = f"{what} {m[name]:.3f} [{m[f'{name}_low']:.3f}, {m[f'{name}_high']:.3f}] ("
-        if name == "accuracy":
-            text += f"majority code {m['accuracy_majority']:.3f}, "
-        text += (f"image alone {m[f'{name}_image_only']:.3f}, "
-                 f"instruction alone {m[f'{name}_instruction_only']:.3f})")
-        if f"{name}_trend" in m:
-            low, high = m[f"{name}_trend_low"], m[f"{name}_trend_high"]
-            text += f", {m[f'{name}_trend']:+.3f} [{low:+.3f}, {high:+.3f}] since the last"
-        lines.append(text)
     if "accuracy" in m:
-        lines[0] += (f" | top-5 {m['top5']:.3f} ({m['top5_majority']:.3f}) | codes used "
-                     f"{m['codes_unique']:.0f} of {m['codes_unique_true']:.0f}")
-    lines[-1] += f" | loss {m['loss']:.3f}"
+        lines.append(f"nearest code {describe_score(m, 'accuracy')} | "
+                     f"top-5 {m['top5']:.3f} ({m['top5_majority']:.3f}) | "
+                     f"codes used {m['codes_unique']:.0f} of {m['codes_unique_true']:.0f}")
+    lines.append(f"R2 of the target {describe_score(m, 'target_r2')} | loss {m['loss']:.3f}")
     for name, labels in {"few": "2 episodes a task", "many": "many"}.items():
         if f"action_r2_{name}_readout" in m:
-            lines.append(f"actions from {labels}: R2 {m[f'action_r2_{name}_prediction']:.2f} by "
-                         f"prediction, {m[f'action_r2_{name}_readout']:.2f} by readout")
+            prediction, readout = (m[f"action_r2_{name}_{x}"] for x in ("prediction", "readout"))
+            lines.append(f"actions from {labels}: R2 {prediction:.2f} by prediction, "
+                         f"{readout:.2f} by readout")
     if "target_r2_trend" in m:                                  # not of an untrained model
         lines.append(verdict(m)[1])
     return "\n  ".join([*lines, *table_of(m)])
+
+
+def describe_score(m: dict, name: str) -> str:
+    """A metric, its interval and trend, and what stands beside it."""
+    low, high = m[f"{name}_low"], m[f"{name}_high"]
+    beside = {"image alone": m[f"{name}_image_only"],
+              "instruction alone": m[f"{name}_instruction_only"]}
+    if name == "accuracy":
+        beside = {"majority code": m["accuracy_majority"], **beside}
+    others = ", ".join(f"{what} {value:.3f}" for what, value in beside.items())
+    text = f"{m[name]:.3f} [{low:.3f}, {high:.3f}] ({others})"
+    if f"{name}_trend" in m:
+        trend, low, high = (m[f"{name}_trend{end}"] for end in ("", "_low", "_high"))
+        text += f", {trend:+.3f} [{low:+.3f}, {high:+.3f}] since the last"
+    return text
 
 
 def verdict(m: dict) -> tuple[bool, str]:
@@ -868,8 +900,9 @@ def verdict(m: dict) -> tuple[bool, str]:
     if not bad:
         return True, f"no worse than the {what} on any of {len(judged)} datasets"
     names = ", ".join(x[:-1] for x in bad if x)
-    return False, (f"worse than the {what} on {len(bad)} of {len(judged)} datasets"
-                   f"{f' ({names})' if names else ''}: pretraining on these would hurt")
+    names = f" ({names})" if names else ""
+    return False, (f"worse than the {what} on {len(bad)} of {len(judged)} datasets{names}: "
+                   f"pretraining on these would hurt")
 
 
 def report_card(first: dict, last: dict) -> str:
@@ -882,8 +915,8 @@ def report_card(first: dict, last: dict) -> str:
         checks.append((mine > other, f"nearest-code accuracy {mine:.3f} (the instruction with "
                        f"another sample's picture {other:.3f})"))
     if "action_r2_few_readout" in last:
-        mine, before = (max(m["action_r2_few_readout"], m["action_r2_few_prediction"])
-                        for m in (last, first))
+        names = "action_r2_few_readout", "action_r2_few_prediction"
+        mine, before = (max(m[name] for name in names) for m in (last, first))
         checks.append((mine > before, f"actions from 2 labelled episodes a task: R2 {mine:.2f} (at "
                        f"the start {before:.2f})"))
     lines = [f"  {'pass' if good else 'FAIL'}  {what}" for good, what in checks]
@@ -913,7 +946,8 @@ def main(cfg: Config) -> int:
         return 0
     amp = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     log = Logger(cfg, rank, world, start, flops, device)
-    log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample\n{loader.summary()}")
+    log.print(f"{size_of(model)}, {flops / 1e9:.2f} GFLOP a sample")
+    log.print(loader.summary())
     save = Saver(cfg, model, optimizer, loader)
     evaluate = Evaluation(model, cfg, loaders, inputs_of)
     stop_flag, batches = StopFlag(cfg, device), batches_of(cfg, loader, device)
@@ -1073,9 +1107,12 @@ def make_target(cfg: Config, labeller, loader, device) -> nn.Module:
         return OneHot(codebook)
     if cfg.targets == "codes":
         return Codes(codebook)
-    size = loader.image_size
-    frames = (data_oxe.to_device(b, device, size)["frames"] for b in loader.peek(cfg.eval_batches))
-    latents = torch.cat([label_pairs(labeller, x)[1].flatten(1) for x in frames])
+    sample = []
+    for batch in loader.peek(cfg.eval_batches):
+        frames = data_oxe.to_device(batch, device, loader.image_size)["frames"]
+        _, latents = label_pairs(labeller, frames)
+        sample.append(latents.flatten(1))
+    latents = torch.cat(sample)                                         # (M, S*D)
     if (latents == latents[0]).all():
         fail("the labeller gives all pairs the same latents, of which nothing can be learned")
     return Vectors(latents, codebook, width=16 * cfg.latent_chunk)
@@ -1091,7 +1128,8 @@ def check_widths(loader):
 def flops_a_sample(model: LatentPolicy, loader, inputs_of, device) -> int:
     """Of forward and backward, without the labeller's."""
     batch = data_oxe.to_device(next(loader.peek(1)), device, loader.image_size)
-    two = {name: x[:2] for name, x in inputs_of(batch).items()}
+    inputs = inputs_of(batch)
+    two = {name: x[:2] for name, x in inputs.items()}
     return flops_of(model, lambda: model(two)) // 2
 
 
@@ -1101,9 +1139,12 @@ def labels_of(model: LatentPolicy, cfg: Config, inputs_of, loader) -> dict:
     """Of a loader's first batches, arrays of M rows: target and weight (M, N), codes (M, S)."""
     rows, device = [], next(model.parameters()).device
     for batch in loader.peek(cfg.eval_batches):
-        inputs = inputs_of(data_oxe.to_device(batch, device, loader.image_size), labelled=True)
-        row = dict(zip(("target", "weight"), model.target(inputs)))
-        row |= {name: inputs[name] for name in ("codes",) if name in inputs}
+        tensors = data_oxe.to_device(batch, device, loader.image_size)
+        inputs = inputs_of(tensors, labelled=True)
+        target, weight = model.target(inputs)
+        row = {"target": target, "weight": weight}
+        if "codes" in inputs:
+            row["codes"] = inputs["codes"]
         row = {name: value.cpu().numpy() for name, value in row.items()}
         rows.append(row | {"dataset": batch["dataset"]})
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
@@ -1138,16 +1179,20 @@ def histograms(codes: np.ndarray, K: int) -> np.ndarray:
 def entropy_of(count: np.ndarray) -> np.ndarray:
     """Of histograms (S, K), in nats: (S,)"""
     share = count / count.sum(1, keepdims=True).clip(1)
-    return -(share * np.log(share.clip(1e-12))).sum(1)
+    surprise = -np.log(share.clip(1e-12))
+    return (share * surprise).sum(1)
 
 
 def divergences(count: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """KL from histograms (S, K) to the true ones, each code counted half a time more so that none
     is impossible, and Jensen-Shannon, in nats: (S,) each."""
-    p, q = ((x + 0.5) / (x + 0.5).sum(1, keepdims=True) for x in (count, true))
+    def shares(x):
+        return x / x.sum(1, keepdims=True).clip(1)
+    p, q = shares(count + 0.5), shares(true + 0.5)
     kl = (p * np.log(p / q)).sum(1)
-    p, q = (x / x.sum(1, keepdims=True).clip(1) for x in (count, true))
-    return kl, entropy_of((p + q) / 2) - (entropy_of(p) + entropy_of(q)) / 2
+    p, q = shares(count), shares(true)
+    apart = (entropy_of(p) + entropy_of(q)) / 2
+    return kl, entropy_of((p + q) / 2) - apart
 
 
 FEWEST = 16                                 # samples of a dataset of which something can be said
@@ -1156,12 +1201,14 @@ FEWEST = 16                                 # samples of a dataset of which some
 def action_r2(fit: dict, val: dict, feature: str) -> float | None:
     """Held-out R2 of action chunks read from a feature; None without labelled rows of two
     episodes."""
-    mine, its = fit["whole"], val["whole"]
-    if min(mine.sum(), its.sum()) < FEWEST or len(np.unique(fit["episode"][mine])) < 2:
+    known, asked = fit["whole"], val["whole"]
+    episode = fit["episode"][known]
+    if min(known.sum(), asked.sum()) < FEWEST or len(np.unique(episode)) < 2:
         return None
-    x, y = (torch.from_numpy(fit[name][mine]) for name in (feature, "actions"))
-    x_val, y_val = (torch.from_numpy(val[name][its]) for name in (feature, "actions"))
-    prediction = KernelRidge([x], y, fit["episode"][mine])([x_val])
+    x, y = (torch.from_numpy(fit[name][known]) for name in (feature, "actions"))
+    x_val, y_val = (torch.from_numpy(val[name][asked]) for name in (feature, "actions"))
+    probe = KernelRidge([x], y, episode)
+    prediction = probe([x_val])
     return r2_of_all(prediction, y_val, y.std(0).clamp(min=1e-3))
 
 
@@ -1219,7 +1266,8 @@ class KernelRidge:
 def r2_of_all(prediction, y, unit) -> float:
     """Explained share of the variance of y (M, m), its columns in their units (m,)."""
     left = ((prediction - y) / unit).square().sum()
-    return 1 - (left / ((y - y.mean(0)) / unit).square().sum()).item()
+    whole = ((y - y.mean(0)) / unit).square().sum()
+    return 1 - (left / whole).item()
 
 
 def resampled(val: dict, baseline: dict, draws: int = 1000) -> dict:
@@ -1231,27 +1279,36 @@ def resampled(val: dict, baseline: dict, draws: int = 1000) -> dict:
 
     def total(x):
         return times @ np.bincount(episode, x, n)                       # (M,) -> (draws,)
-    mse, mse_mean = (((guess - val["target"]) * val["weight"]) ** 2
-                     for guess in (val["prediction"], baseline["mean"]))
-    out = {"target_r2": 1 - total(mse.sum(1)) / total(mse_mean.sum(1)).clip(1e-12)}
+
+    def total_error(guess):
+        error = (guess - val["target"]) * val["weight"]                 # (M, N)
+        return total((error ** 2).sum(1))
+    left = total_error(val["prediction"]) / total_error(baseline["mean"]).clip(1e-12)
+    out = {"target_r2": 1 - left}
     if "likeliest" in val:
         right = val["likeliest"][..., 0] == val["codes"]                # (M, S)
-        out["accuracy"] = total(right.mean(1)) / total(np.ones(len(right)))
+        samples = total(np.ones(len(right)))
+        out["accuracy"] = total(right.mean(1)) / samples
     return out
 
 
 def mean_of_datasets(each: dict) -> dict:
     """{dataset: {metric: value}} -> {metric: its mean over those that have it}"""
-    names = dict.fromkeys(name for metrics in each.values() for name in metrics)
-    return {name: np.mean([m[name] for m in each.values() if name in m], 0) for name in names}
+    means = {}
+    for name in dict.fromkeys(name for metrics in each.values() for name in metrics):
+        values = [metrics[name] for metrics in each.values() if name in metrics]
+        means[name] = np.mean(values, 0)
+    return means
 
 
 def mix_of(dataset: np.ndarray, names, key: str) -> dict:
     """Each dataset's share of the samples (M,), how many datasets there are and how evenly, their
     entropy as a share of the largest possible one."""
     share = np.bincount(dataset, minlength=len(names)) / len(dataset)
-    evenness = entropy_of(share[None])[0] / max(math.log(len(names)), 1e-9)
-    return {f"{key}_unique": (share > 0).sum(), f"{key}_entropy": evenness,
+    entropy, = entropy_of(share[None])
+    largest = max(math.log(len(names)), 1e-9)
+    return {f"{key}_unique": (share > 0).sum(),
+            f"{key}_entropy": entropy / largest,
             **{f"{name}/{key}": value for name, value in zip(names, share)}}
 
 
@@ -1272,10 +1329,12 @@ def table_of(m: dict) -> list[str]:
     if prefixes == [""]:
         return []
     width = max(map(len, prefixes))
-    lines = [[" " * width] + [f"{COLUMNS[key]:>11}" for key in keys]]
+    digits = {key: 0 if key == "samples" else 3 for key in keys}
+    lines = [[" " * width, *(f"{COLUMNS[key]:>11}" for key in keys)]]
     for prefix in prefixes:
-        values = [f"{m[prefix + key]:11.{0 if key == 'samples' else 3}f}" for key in keys]
-        lines.append([prefix[:-1].ljust(width), *values])
+        name = prefix[:-1].ljust(width)
+        values = [f"{m[prefix + key]:11.{digits[key]}f}" for key in keys]
+        lines.append([name, *values])
     return ["".join(line) for line in lines]
 
 
@@ -1325,8 +1384,10 @@ class PooledDifference(Labeller):
         super().__init__(None, manifest, None)
 
     def __call__(self, frames):
-        frames = data_oxe.resize_to(frames, self.image_size).permute(0, 1, 4, 2, 3).float() / 255
-        cells = F.adaptive_avg_pool2d(frames[:, 1] - frames[:, 0], 8)   # (B, 3, 8, 8)
+        frames = data_oxe.resize_to(frames, self.image_size)
+        channels_first = frames.permute(0, 1, 4, 2, 3)
+        a, b = (channels_first.float() / 255).unbind(1)                 # (B, 3, H, H) each
+        cells = F.adaptive_avg_pool2d(b - a, 8)                         # (B, 3, 8, 8)
         return None, cells.flatten(1)[:, None]
 
     def check(self, cfg, loader):
@@ -1573,7 +1634,8 @@ class DualTrunk(Trunk):
 
     def see(self, images):
         """Features of all patches, (B, patches, widths of both towers): their grids are equal."""
-        towers, x = self.vlm.vision_model, images.permute(0, 3, 1, 2).float() / 255
+        towers = self.vlm.vision_model
+        x = images.permute(0, 3, 1, 2).float() / 255                    # (B, 3, H, W)
         siglip = towers["siglip"](2 * x - 1).last_hidden_state
         dinov2 = towers["dinov2"]((x - self.mean) / self.deviation).last_hidden_state
         return torch.cat([siglip, dinov2[:, 1:]], -1)                   # without the class token
@@ -1757,26 +1819,29 @@ def export(model: LatentPolicy, cfg: Config, step: int, tokenizer, labeller: dic
         teach_tokens(vlm, tokenizer, model)
     vlm.save_pretrained(folder / "trunk")
     tokenizer.save_pretrained(folder / "tokenizer")         # AutoTokenizer would go by the trunk's
-    heads = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()
-             if not k.startswith("trunk.vlm.")}
+    heads = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()
+             if not name.startswith("trunk.vlm.")}
     save_file(heads, folder / "heads.safetensors")
-    manifest = {"schema": "smolvla_shared.v1", "trunk": cfg.trunk, "dtype": "float32",
-                "image_size": model.trunk.image_size, "text_len": cfg.text_len,
+    manifest = {"schema": "smolvla_shared.v1", "step": step,
+                "trunk": cfg.trunk, "image_size": model.trunk.image_size, "text_len": cfg.text_len,
                 "mode": cfg.mode, "latent_dim": model.target.width, "action_dim": 0,
-                "flow": {"width": cfg.head_width, "depth": cfg.head_depth}, "labeller": labeller,
-                "step": step, "config": asdict(cfg), "torch": torch.__version__}
+                "flow": {"width": cfg.head_width, "depth": cfg.head_depth},
+                "labeller": labeller, "config": asdict(cfg),
+                "dtype": "float32", "torch": torch.__version__}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     publish(folder, Path(cfg.out) / "stage2")
 
 
 def teach_tokens(vlm, tokenizer, model: CodeTokens):
     """<ACTION>, <ACT_i> and </ACTION> join the tokenizer and the language model's input layer."""
-    first, codes = len(tokenizer), [f"<ACT_{i}>" for i in range(model.target.K)]
+    first = len(tokenizer)
+    codes = [f"<ACT_{i}>" for i in range(model.target.K)]
     tokenizer.add_tokens(["<ACTION>", *codes, "</ACTION>"], special_tokens=True)
-    rows = torch.cat([model.trunk.readout[None], model.tokens])
     words = max(len(vlm.get_input_embeddings().weight), len(tokenizer))
     vlm.resize_token_embeddings(words, mean_resizing=False)
-    vlm.get_input_embeddings().weight.data[first:len(tokenizer)] = rows
+    rows = torch.cat([model.trunk.readout[None], model.tokens])
+    embeddings = vlm.get_input_embeddings().weight.data
+    embeddings[first:len(tokenizer)] = rows
 
 
 # ------------------------------------------------------------ plumbing: the same text in each stage
@@ -2515,14 +2580,15 @@ def find(cfg: Config) -> tuple[Findings, dict, int]:
 
     print(f"reading and labelling {3 * cfg.eval_batches * 64} pairs ...")
     metrics = Evaluation(model, cfg, loaders, inputs_of)()
-    shown = load(cfg, "val", 64, seed=1000 * cfg.seed + state["step"], shuffle_mb=64)
+    step = state["step"]
+    shown = load(cfg, "val", 64, seed=1000 * cfg.seed + step, shuffle_mb=64)
+    pairs = look_at(model, cfg, inputs_of, shown)
+    decoder = load_decoder(cfg.laq_ckpt, labeller, device)
     path = Path(cfg.analyze).with_name("metrics.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    findings = Findings(shown.names, look_at(model, cfg, inputs_of, shown),
-                        load_decoder(cfg.laq_ckpt, labeller, device),
-                        [line for line in lines if "val_loss" in line],
-                        np.random.default_rng(state["step"]))
-    return findings, metrics, state["step"]
+    history = [line for line in lines if "val_loss" in line]
+    findings = Findings(shown.names, pairs, decoder, history, np.random.default_rng(step))
+    return findings, metrics, step
 
 
 @torch.no_grad()
@@ -2534,10 +2600,11 @@ def look_at(model: LatentPolicy, cfg: Config, inputs_of, loader) -> dict:
     for batch in loader.peek(cfg.eval_batches):
         tensors = data_oxe.to_device(batch, device, loader.image_size)
         inputs = inputs_of(tensors)
-        scores = model.code_scores(model.predict(inputs)[1])
-        row = {"frames": tensors["frames"].cpu().numpy(),
-               "instruction": np.array(batch["instruction"], object),
-               **{k: batch[k] for k in ("dataset", "episode", "step")}}
+        _, prediction = model.predict(inputs)
+        scores = model.code_scores(prediction)
+        row = {name: batch[name] for name in ("dataset", "episode", "step")}
+        row["frames"] = tensors["frames"].cpu().numpy()
+        row["instruction"] = np.array(batch["instruction"], object)
         if scores is not None:
             row |= {"codes": inputs["codes"].cpu().numpy(), "scores": scores.cpu().numpy()}
         rows.append(row)
@@ -2597,8 +2664,9 @@ def plot_trend(f: Findings):
             line, = ax.plot(steps, values[name], marker=".", label=name)
             ax.fill_between(steps, values[f"{name}_low"], values[f"{name}_high"], alpha=0.2,
                             color=line.get_color())
-        ax.set(title=title, xlabel="step", ylim=(min(0, ax.get_ylim()[0]) if title[0] == "n"
-                                                 else max(-0.5, ax.get_ylim()[0]), None))
+        lowest, _ = ax.get_ylim()
+        bottom = min(0, lowest) if title == "nearest code" else max(-0.5, lowest)
+        ax.set(title=title, xlabel="step", ylim=(bottom, None))
         if ax.lines:
             ax.legend(fontsize=7)
     return fig, {"step": steps, **values}
@@ -2608,21 +2676,21 @@ def plot_pairs(f: Findings, n: int = 8):
     """Held-out pairs, true and predicted codes (green: right), and what each do to frame t"""
     rows = f.rng.permutation(len(f.pairs["dataset"]))[:n]
     frames = torch.from_numpy(f.pairs["frames"][rows])
-    columns = {"frame t": frames[:, 0], "frame t+k": frames[:, 1]}
+    now = frames[:, 0]                                                  # (n, H, H, 3)
+    columns = {"frame t": now, "frame t+k": frames[:, 1]}
     numbers = {key: f.pairs[key][rows].tolist() for key in ("instruction", "episode", "step")}
     numbers["dataset"] = [f.names[i] for i in f.pairs["dataset"][rows]]
     if f.codes is not None:
-        both = {"true": f.codes[rows], "predicted": f.likeliest[rows]}
-        numbers |= {name: codes.tolist() for name, codes in both.items()}
-        if f.decoder:
-            columns |= {f"{name} codes,\ndecoded": f.decoder(frames[:, 0], torch.from_numpy(codes))
-                        for name, codes in both.items()}
-    fig, axes = plt.subplots(len(rows), len(columns) + 1, squeeze=False,
-                             figsize=(1.7 * len(columns) + 2.2, 1.7 * len(rows)),
-                             width_ratios=[1.3] + [1] * len(columns))
-    for i, line in enumerate(axes):
-        describe_pair(line[0], {name: values[i] for name, values in numbers.items()})
-        for ax, (title, images) in zip(line[1:], columns.items()):
+        for name, codes in {"true": f.codes[rows], "predicted": f.likeliest[rows]}.items():
+            numbers[name] = codes.tolist()
+            if f.decoder:
+                columns[f"{name} codes,\ndecoded"] = f.decoder(now, torch.from_numpy(codes))
+    n, width = len(rows), len(columns)
+    fig, axes = plt.subplots(n, 1 + width, squeeze=False, width_ratios=[1.3] + [1] * width,
+                             figsize=(1.7 * width + 2.2, 1.7 * n))
+    for i, (first, *others) in enumerate(axes):
+        describe_pair(first, {name: values[i] for name, values in numbers.items()})
+        for ax, (title, images) in zip(others, columns.items()):
             show(ax, images[i].cpu().numpy(), title if i == 0 else "")
     fig.tight_layout()
     return fig, numbers
@@ -2630,11 +2698,12 @@ def plot_pairs(f: Findings, n: int = 8):
 
 def describe_pair(ax, pair: dict):
     ax.axis("off")
-    words = textwrap.fill(pair["instruction"], 24)
+    words, dataset = (textwrap.fill(pair[name], 24) for name in ("instruction", "dataset"))
     where = f"episode {pair['episode']}, step {pair['step']}"
-    ax.text(0, 1, f"{words}\n{textwrap.fill(pair['dataset'], 24)}\n{where}", va="top", fontsize=8,
-            linespacing=1.4)
-    for height, name in ((0.2, "true"), (0.02, "predicted")) if "true" in pair else ():
+    ax.text(0, 1, f"{words}\n{dataset}\n{where}", va="top", fontsize=8, linespacing=1.4)
+    if "true" not in pair:
+        return
+    for height, name in ((0.2, "true"), (0.02, "predicted")):
         ax.text(0, height, name, fontsize=8)
         for i, (code, true) in enumerate(zip(pair[name], pair["true"])):
             color = "black" if name == "true" else "green" if code == true else "firebrick"
@@ -2645,14 +2714,17 @@ def plot_histograms(f: Findings):
     """How often each code is true and predicted, by position"""
     if f.codes is None:
         return None
+    M, S = f.codes.shape
     true, predicted = (histograms(codes, f.K) for codes in (f.codes, f.likeliest))
-    fig, axes = plt.subplots(len(true), 1, figsize=(9, 2 * len(true)), squeeze=False)
+    fig, axes = plt.subplots(S, 1, figsize=(9, 2 * S), squeeze=False)
     for i, ax in enumerate(axes[:, 0]):
         order = np.argsort(-true[i], kind="stable")
-        ax.bar(range(f.K), true[i][order] / len(f.codes), color="lightgrey", label="true")
-        ax.step(range(f.K), predicted[i][order] / len(f.codes), where="mid", label="predicted")
-        ax.set(title=f"position {i}: {(predicted[i] > 0).sum()} codes predicted, "
-                     f"{(true[i] > 0).sum()} true", ylabel="share", xlim=(-1, f.K))
+        its_true, its_predicted = true[i][order], predicted[i][order]
+        ax.bar(range(f.K), its_true / M, color="lightgrey", label="true")
+        ax.step(range(f.K), its_predicted / M, where="mid", label="predicted")
+        title = (f"position {i}: {(its_predicted > 0).sum()} codes predicted, "
+                 f"{(its_true > 0).sum()} true")
+        ax.set(title=title, ylabel="share", xlim=(-1, f.K))
     axes[-1, 0].set_xlabel("codes, the commonest first")
     axes[0, 0].legend(fontsize=7, loc="upper right")
     fig.tight_layout()
@@ -2664,13 +2736,16 @@ def plot_calibration(f: Findings, bins: int = 10):
     if f.codes is None:
         return None
     what, rows, sure = confidence_of(torch.from_numpy(f.pairs["scores"]).double(), f.codes)
-    right, S = (f.likeliest == f.codes)[rows], f.codes.shape[1]
+    right = (f.likeliest == f.codes)[rows]                              # (rows, S)
+    n, S = right.shape
     fig, axes = plt.subplots(1, S, figsize=(3.4 * S, 3.4), squeeze=False, layout="constrained")
     numbers = {"confidence_is": what, "confidence": [], "accuracy": [], "error": []}
     for i, ax in enumerate(axes[0]):
-        order = np.array_split(np.argsort(sure[:, i]), min(bins, len(sure)))
-        x, y = (np.array([values[part, i].mean() for part in order]) for values in (sure, right))
-        error = np.average(np.abs(x - y), weights=[len(part) for part in order])
+        order = np.argsort(sure[:, i])
+        parts = np.array_split(order, min(bins, n))
+        x = np.array([sure[part, i].mean() for part in parts])
+        y = np.array([right[part, i].mean() for part in parts])
+        error = np.average(np.abs(x - y), weights=[len(part) for part in parts])
         for name, value in (("confidence", x), ("accuracy", y), ("error", error)):
             numbers[name].append(value)
         ax.plot([0, 1], [0, 1], color="lightgrey")
@@ -2688,10 +2763,11 @@ def confidence_of(scores, codes: np.ndarray) -> tuple[str, np.ndarray, np.ndarra
     rows = np.arange(len(scores))
     if (scores >= 0).all():
         return "probability", rows, scores.amax(-1).numpy()
-    its_scores, its_codes = scores[::2].flatten(0, 1), torch.from_numpy(codes[::2]).flatten()
+    known = scores[::2].flatten(0, 1)                                   # (rows * S, K)
+    known_codes = torch.from_numpy(codes[::2]).flatten()
 
     def surprise(scale):
-        return F.cross_entropy(its_scores / scale, its_codes)
+        return F.cross_entropy(known / scale, known_codes)
     scale = min(np.geomspace(1e-3, 1e4, 71), key=surprise)
     sure = (scores[1::2] / scale).softmax(-1).amax(-1).numpy()
     return f"softmax of -distance² / {scale:.2g}, fitted on the other pairs", rows[1::2], sure
@@ -2706,8 +2782,9 @@ def plot_confusion(f: Findings):
     fig, axes = plt.subplots(1, S, figsize=(4 * S, 3.6), squeeze=False, layout="constrained")
     for i, ax in enumerate(axes[0]):
         np.add.at(count[i], (f.codes[:, i], f.likeliest[:, i]), 1)
-        order = np.argsort(-count[i].sum(1), kind="stable")
-        share = count[i] / count[i].sum(1, keepdims=True).clip(1)
+        true = count[i].sum(1, keepdims=True)                           # (K, 1)
+        order = np.argsort(-true[:, 0], kind="stable")
+        share = count[i] / true.clip(1)
         image = ax.imshow(share[order][:, order], vmin=0, vmax=1, cmap="magma_r")
         ax.set(title=f"position {i}", xlabel="predicted", ylabel="true")
     fig.colorbar(image, ax=axes[0].tolist(), shrink=0.7)
