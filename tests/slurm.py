@@ -242,3 +242,14 @@ def test_a_sweep_gives_one_table(slurm, same_episodes, tmp_path):
     rows = (tmp_path / "table.md").read_text().splitlines()
     assert rows[2].startswith("| --steps 1 | 1 | 1 ± 0 ") and len(rows) == 4
     assert list(metrics(tmp_path / "1_seed3", "loss")["loss"]) == [0, 1]
+
+
+def test_a_ladder_runs_as_a_job_array(slurm, tmp_path):
+    out = slurm("bash", "sbatch/ladder.sh", "--smoke", "--slurm", "--gpus-per-node=1",
+                "--cpus-per-task=1", slurm.options[-1], OUT=str(tmp_path))
+    job = re.search(r"job (\d+)", out)[1]
+    for i in range(6):
+        assert slurm.wait(f"{job}_{i}", 600) == "COMPLETED"
+    slurm("bash", "sbatch/ladder.sh", "--table", OUT=str(tmp_path))
+    rows = (tmp_path / "table.md").read_text().splitlines()
+    assert len(rows) == 8 and rows[2].startswith("| one batch | 8 |")
