@@ -992,8 +992,8 @@ def report_card(m: dict) -> str:
 
 
 class KernelRidge:
-    """Ridge regression of y (M, m) on features [x1 (M, n1), ...] in closed form: what few labels can
-    say. map(features) -> y; float64.
+    """Ridge regression of y (M, m) on features [x1 (M, n1), ...] in closed form: what few labels
+    can say. map(features) -> y; float64.
 
     Its kernel is Gaussian, near the rows of the fit, and in part linear, which also reaches beyond
     them; each feature counts by its own mean square. The penalty is that of the least error on
@@ -2410,8 +2410,9 @@ def plot_transfer(f: Findings):
     for line, k in zip(axes, f.inspected):
         a = f.rng.choice(np.flatnonzero(f.code == k))
         b = f.rng.integers(len(f.code))
-        pair, onto = f.frames[a], f.frames[b, 0]
-        own, other = transfer(f.model, f.frames[[a, a]], f.frames[[a, b], 0])
+        pair, onto = f.frames[a], f.frames[b, 0]                        # (2, H, H, 3), (H, H, 3)
+        frames = torch.stack([pair[0], onto])
+        own, other = transfer(f.model, torch.stack([pair, pair]), frames)
         images = torch.stack([*pair, own, onto, other])
         images = images.cpu().numpy()                                   # (5, H, H, 3)
         *axes_of_images, last = line
@@ -2437,7 +2438,8 @@ def plot_codebook(f: Findings):
         xy = (u * s).numpy()
         codes = f.val["codes"][:, token]
         share = np.bincount(codes, minlength=K) / len(codes)
-        ax.scatter(xy[:, 0], xy[:, -1], c=colors, s=4 + 200 * share)
+        x, y = xy[:, 0], xy[:, -1]                                      # the same, if D is 1
+        ax.scatter(x, y, c=colors, s=4 + 200 * share)
         ax.set_title(f"position {token}")
     return fig
 

@@ -1213,8 +1213,8 @@ def action_r2(fit: dict, val: dict, feature: str) -> float | None:
 
 
 class KernelRidge:
-    """Ridge regression of y (M, m) on features [x1 (M, n1), ...] in closed form: what few labels can
-    say. map(features) -> y; float64.
+    """Ridge regression of y (M, m) on features [x1 (M, n1), ...] in closed form: what few labels
+    can say. map(features) -> y; float64.
 
     Its kernel is Gaussian, near the rows of the fit, and in part linear, which also reaches beyond
     them; each feature counts by its own mean square. The penalty is that of the least error on
