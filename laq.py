@@ -1113,7 +1113,8 @@ def ridge(x, y, x_val, alpha: float = 1e-2) -> np.ndarray:
 def r2(prediction, y) -> np.ndarray:
     """Explained share of the variance of each column of y."""
     error = ((y - prediction) ** 2).mean(0)
-    return 1 - error / y.var(0).clip(1e-12)
+    left = error / y.var(0).clip(1e-12)
+    return 1 - left
 
 
 def entropy(codes, K: int) -> np.ndarray:
@@ -1309,7 +1310,8 @@ def fit_actions(model: LAQ, cfg: Config, loader):
 
 def flops_a_sample(model: LAQ, cfg: Config, device) -> int:
     """Of forward and backward."""
-    frames = torch.zeros(2, 2, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8, device=device)
+    H = cfg.image_size
+    frames = torch.zeros(2, 2, H, H, 3, dtype=torch.uint8, device=device)
     inputs = {"frames": frames}
     if cfg.flow_weight:
         inputs["flow"] = torch.zeros(2, 2, FLOW_GRID, FLOW_GRID, device=device)
@@ -2265,8 +2267,8 @@ def flow_of_codes(f: Findings) -> np.ndarray:
     out = np.full((len(f.names), f.K, 2), np.nan)
     for i in range(len(f.names)):
         rows = f.rows(i)
-        flow, code = f.val["main_flow"][rows], f.code[rows]
-        mean = flow.mean(0)
+        flow = f.val["main_flow"][rows]                                 # (N, 2)
+        code, mean = f.code[rows], flow.mean(0)
         for k in np.unique(code):
             out[i, k] = flow[code == k].mean(0) - mean
     return out
