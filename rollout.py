@@ -44,9 +44,7 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache, cached_property, partial
@@ -303,31 +301,46 @@ def view(world: World, camera: str, size: int, distraction: Distraction, step: i
 
 # ------------------------------------------------------------ evaluation
 def episode(task: str, seed: int, cfg: Config, spec: dict, filmed: bool, recorded=None):
-    """One closed-loop episode, a generator: it yields what the policy is to see (images uint8
-    (N, S, S, 3), state float32 (Ds,), noise float32 (C, A)), is sent a chunk of actions (C, A), and
-    returns the result; if filmed also frames at 160 px, one every FILM steps and the last.
+    """One closed-loop episode, a generator as Plan.action, which returns the result; if filmed also
+    frames at 160 px, one every FILM steps and the last.
 
     spec: of load_manifest. recorded: actions (T, A) to execute instead of a policy's.
     """
-    world, rng = world_at(cfg.world, task, cfg.stock), np.random.default_rng(seed)
-    distractions = distractions_of(task, seed, spec["views"], cfg)
-    film = partial(view, world, spec["camera"], 160, distractions[spec["camera"]])
-    chunks, limit = {}, cfg.max_steps                       # chunks: {first step: actions (C, A)}
-    if recorded is not None:
-        chunks, limit = {0: recorded}, len(recorded)
+    world = world_at(cfg.world, task, cfg.stock)
+    plan = Plan(world, task, seed, cfg, spec, np.random.default_rng(seed))
+    film = partial(view, world, spec["camera"], 160, plan.distractions[spec["camera"]])
+    limit = cfg.max_steps if recorded is None else len(recorded)
     frames, success, steps = [], False, 0
     world.reset(seed)
     while steps < limit and not success and not world.over:
-        if recorded is None and steps % (cfg.replan or spec["chunk"]) == 0:
-            noise = rng.standard_normal((spec["chunk"], spec["action_dim"]), np.float32)
-            chunks[steps] = yield look(world, cfg, spec, distractions, steps), world.state, noise
+        action = (yield from plan.action(steps)) if recorded is None else recorded[steps]
         if filmed and steps % FILM == 0:
             frames.append(film(steps))
-        _, success = world.step(blended(chunks, steps, cfg.ensemble))
+        _, success = world.step(action)
         steps += 1
     if filmed:
         frames.append(film(steps))
     return dict(task=task, seed=seed, success=success, steps=steps, frames=frames)
+
+
+class Plan:
+    """A policy's actions in an episode. chunks: {first step: actions (C, A)}, what it has said."""
+
+    def __init__(self, world: World, task: str, seed: int, cfg: Config, spec: dict, rng):
+        self.world, self.cfg, self.spec, self.rng = world, cfg, spec, rng
+        self.distractions = distractions_of(task, seed, spec["views"], cfg)
+        self.chunks = {}
+
+    def action(self, step: int):
+        """-> the action (A,) of a step. A generator: where a chunk is due it yields what the policy
+        is to see (images uint8 (N, S, S, 3), state float32 (Ds,), noise float32 (C, A)), and is
+        sent the chunk (C, A)."""
+        length, width = self.spec["chunk"], self.spec["action_dim"]
+        if step % (self.cfg.replan or length) == 0:
+            noise = self.rng.standard_normal((length, width), np.float32)
+            images = look(self.world, self.cfg, self.spec, self.distractions, step)
+            self.chunks[step] = yield images, self.world.state, noise
+        return blended(self.chunks, step, self.cfg.ensemble)
 
 
 def look(world: World, cfg: Config, spec: dict, distractions: dict, step: int) -> np.ndarray:
@@ -365,8 +378,13 @@ class Tested:
     def tokens(self) -> dict[str, tuple]:
         return tokenize(self.folder, self.spec, self.told)
 
+    def answer(self, shown: dict[tuple, tuple]) -> dict[tuple, np.ndarray]:
+        """{(.., task, seed): what Plan.action yields} -> {the same: chunk (C, A)}"""
+        chunks = self.act([key[1] for key in shown], list(shown.values()))
+        return dict(zip(shown, chunks))
+
     def act(self, tasks: list[str], seen: list[tuple]) -> np.ndarray:
-        """What the policy does in n episodes of these tasks, which show what episode() yields:
+        """What the policy does in n episodes of these tasks, which show what Plan.action yields:
         chunks (n, C, A)."""
         import torch
         policy, device = policy_at(self.folder)
@@ -411,7 +429,8 @@ def evaluate(cfg: Config):
     mine = dict(list(jobs.items())[rank::processes])
     with (out / f"episodes_{rank}.jsonl").open("a") as log:
         log.write("\n" if done else "")                     # the last line may be torn
-        for key, result in run_episodes(mine, partial(ask, tested), workers_here(cfg), not done):
+        found = run_episodes(mine, partial(ask, tested), workers_here(cfg), new=not done)
+        for key, result in found:
             one = tested[key[0]]
             if frames := result.pop("frames", None):
                 path = one.out / f"{result['task']}.gif"
@@ -431,16 +450,16 @@ def evaluate(cfg: Config):
 
 
 def ask(tested: list[Tested], shown: dict[tuple, tuple]) -> dict[tuple, np.ndarray]:
-    """{(number of the policy, task, seed): what episode() yielded} -> {the same: chunk (C, A)}"""
+    """{(number of the policy, task, seed): what it is to see} -> {the same: chunk (C, A)}"""
     chunks = {}
     for number, one in enumerate(tested):
-        if keys := [key for key in shown if key[0] == number]:
-            chunks |= zip(keys, one.act([key[1] for key in keys], [shown[key] for key in keys]))
+        if its := {key: seen for key, seen in shown.items() if key[0] == number}:
+            chunks |= one.answer(its)
     return chunks
 
 
 def jobs_of(tested: list[Tested], cfg: Config) -> dict[tuple, tuple]:
-    """{(number of the policy, task, seed): arguments of episode()}; of each task the first is
+    """{(number of the policy, task, seed): job of run_episodes}; of each task the first is
     filmed."""
     first, jobs = EVALUATION + cfg.seed * SEEDS, {}
     seeds = range(first, first + cfg.episodes)
@@ -448,7 +467,8 @@ def jobs_of(tested: list[Tested], cfg: Config) -> dict[tuple, tuple]:
         filmed = set()
         for task, seed in one.recorded or [(task, seed) for seed in seeds for task in cfg.tasks]:
             actions = one.recorded and one.recorded[task, seed]
-            jobs[number, task, seed] = task, seed, cfg, one.spec, task not in filmed, actions
+            job = episode, task, seed, cfg, one.spec, task not in filmed, actions
+            jobs[number, task, seed] = job
             filmed.add(task)
     return jobs
 
@@ -489,28 +509,19 @@ def wilson(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
 
 
 # ------------------------------------------------------------ recording
-def recorded(task: str, seeds: list[int], cfg: Config, policy: Tested | None) -> dict | None:
-    """The first successful episode of several seeds, or any with --keep all. policy: instead of the
-    scripted expert."""
-    for seed in seeds:
-        episode = recorded_episode(task, seed, cfg, policy)
-        if episode["success"] or cfg.keep == "all":
-            return episode
-    return None
-
-
-def recorded_episode(task: str, seed: int, cfg: Config, policy: Tested | None) -> dict:
-    """One episode of the scripted expert, or of a policy, under a slow random push. `action`, the
-    label, is what was commanded; `executed_action` what was done. Pictures are PNG."""
+def recorded_episode(task: str, seed: int, cfg: Config, spec: dict | None):
+    """One episode of the scripted expert, or of the policy of `spec`, under a slow random push: a
+    generator as Plan.action. `action`, the label, is what was commanded; `executed_action` what was
+    done. Pictures are PNG. A failure has no steps, unless --keep all."""
     world, rng = world_at(cfg.world, task, cfg.stock), np.random.default_rng(seed)
-    command = Pilot(world, task, seed, cfg, policy) if policy else world.expert
+    plan = spec and Plan(world, task, seed, cfg, spec, np.random.default_rng((seed, 1)))
     distractions = distractions_of(task, seed, cfg.camera, cfg)
     push, steps, finished = np.zeros(world.action_dim), [], None
     world.reset(seed)
     while len(steps) < cfg.max_steps and not world.over:
         draw = rng.standard_normal(world.action_dim) * world.pushed
         push = 0.9 * push + cfg.noise * math.sqrt(1 - 0.9 ** 2) * draw
-        action = command()
+        action = (yield from plan.action(len(steps))) if plan else world.expert()
         executed = np.clip(action + push, world.low, world.high)
         pictures = [png_of(view(world, camera, cfg.image_size, distraction, len(steps)))
                     for camera, distraction in distractions.items()]
@@ -521,6 +532,8 @@ def recorded_episode(task: str, seed: int, cfg: Config, policy: Tested | None) -
             finished = len(steps)
         if finished is not None and len(steps) >= finished + 5:         # a few frames of the end
             break
+    if finished is None and cfg.keep == "successes":
+        return {}
     names = "pictures", "state", "action", "executed_action", "reward"
     episode = {**dict(zip(names, zip(*steps))), "seed": seed, "success": finished is not None}
     images, *further = zip(*episode.pop("pictures"))
@@ -529,26 +542,6 @@ def recorded_episode(task: str, seed: int, cfg: Config, policy: Tested | None) -
 
 def png_of(image: np.ndarray) -> bytes:
     return iio.imwrite("<bytes>", image, extension=".png", compress_level=3)
-
-
-class Pilot:
-    """A policy that acts, in a worker: () -> the next action of its chunk, (A,)."""
-
-    def __init__(self, world: World, task: str, seed: int, cfg: Config, policy: Tested):
-        self.world, self.task, self.cfg, self.policy = world, task, cfg, policy
-        self.rng = np.random.default_rng((seed, 1))
-        self.distractions = distractions_of(task, seed, policy.spec["views"], cfg)
-        self.queue, self.steps = [], 0
-
-    def __call__(self) -> np.ndarray:
-        spec = self.policy.spec
-        if not self.queue:
-            image = look(self.world, self.cfg, spec, self.distractions, self.steps)
-            noise = self.rng.standard_normal((spec["chunk"], spec["action_dim"]), np.float32)
-            chunk, = self.policy.act([self.task], [(image, self.world.state, noise)])
-            self.queue = list(chunk[:self.cfg.replan or None])
-        self.steps += 1
-        return self.queue.pop(0)
 
 
 def record(cfg: Config):
@@ -564,14 +557,13 @@ def record(cfg: Config):
     entry = Entry(frame=f"{cfg.image_size}x{cfg.image_size} png", **world.entry, **told)
     first, tries = cfg.seed * SEEDS, 1 if cfg.keep == "all" else TRIES
     block = range(first, first + SEEDS)
-    jobs = [(recorded, task, list(block[i::cfg.episodes][:tries]), cfg, policy)
-            for i in range(cfg.episodes) for task in cfg.tasks]
+    starts = [(task, block[i::cfg.episodes][:tries])
+              for i in range(cfg.episodes) for task in cfg.tasks]
     steps, began = 0, time.time()
     with EpisodeWriter(cfg.data, name, entry, cfg.image_size, cfg.camera[1:],
                        recording_settings(cfg, policy)) as writer:
-        left, tally = what_is_left(jobs, writer.kept, cfg.tasks)
-        found = run_jobs(left, workers_here(cfg, policy), "record")
-        for (_, task, seeds, *_), episode in zip(left, found):
+        left, tally = what_is_left(starts, writer.kept, cfg.tasks)
+        for task, seeds, episode in record_episodes(left, tally, policy, cfg, not writer.kept):
             tally[task].count(episode, seeds)
             if episode is None:
                 print(f"rollout: {who(cfg)} failed at '{task}' with all of the {len(seeds)} seeds "
@@ -581,9 +573,38 @@ def record(cfg: Config):
             writer.add(**episode, instruction=sentences[task], task=task,
                        file_path=f"{cfg.world}/{task}/{episode['seed']}")
         tell_rates(tally, cfg)
-    count, tried = (sum(getattr(t, key) for t in tally.values()) for key in ("kept", "tried"))
-    print(f"recorded {count} of {len(jobs)} episodes ({tried} tried), {steps} steps in "
+    count, tried, crashed = (sum(getattr(t, key) for t in tally.values())
+                             for key in ("kept", "tried", "crashed"))
+    also = f", {crashed} crashed" if crashed else ""
+    print(f"recorded {count} of {len(starts)} episodes ({tried} tried{also}), {steps} steps in "
           f"{time.time() - began:.0f} s: {cfg.data}/{name}")
+
+
+def record_episodes(starts: list[tuple], tally: dict, policy: Tested | None, cfg: Config,
+                    new: bool):
+    """Yields of (task, seeds), in their order, task, seeds and the episode of the first seed that
+    is to be kept; None: there is none. Counts in `tally` where the simulator crashed."""
+    def job(number: int, seed: int) -> dict:
+        task = starts[number][0]
+        return {(number, task, seed): (recorded_episode, task, seed, cfg, policy and policy.spec)}
+
+    def another(key: tuple, result: dict) -> dict:
+        number, task, seed = key
+        if "crashed" in result:
+            tally[task].crashed += 1
+            print(f"rollout: '{task}' at seed {seed} crashed twice; skipped", file=sys.stderr)
+        kept, seed = "images" in result, seed + cfg.episodes
+        return job(number, seed) if not kept and seed in starts[number][1] else {}
+
+    jobs, ended = {}, {}
+    for number, (_, seeds) in enumerate(starts):
+        jobs |= job(number, seeds[0])
+    found = run_episodes(jobs, policy and policy.answer, workers_here(cfg), "record", new, another)
+    for number, (task, seeds) in enumerate(starts):
+        while number not in ended:
+            key, result = next(found)
+            ended[key[0]] = result if "images" in result else None
+        yield task, seeds, ended.pop(number)
 
 
 # ------------------------------------------------------------ open loop
@@ -712,8 +733,8 @@ def check(cfg: Config):
     if min(cfg.replan, cfg.workers, cfg.noise) < 0:
         fail(f"--replan {cfg.replan}, --workers {cfg.workers} and --noise {cfg.noise} must not be "
              f"negative")
-    if cfg.record and (cfg.check or cfg.ensemble is not None):
-        fail("--check and --ensemble are of evaluations; a recorded policy executes its chunks")
+    if cfg.record and cfg.check:
+        fail(f"--check {cfg.check} is of evaluations, not of recordings")
     if cfg.record and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("--record starts its own processes (--workers); run it with python, not torchrun")
 
@@ -765,23 +786,25 @@ class Tally:
     kept: int = 0
     succeeded: int = 0
     tried: int = 0
+    crashed: int = 0
 
-    def count(self, episode: dict | None, seeds: list[int]):
+    def count(self, episode: dict | None, seeds: range):
         """episode: of seeds, one after the other; None: all of them failed."""
         self.tried += seeds.index(episode["seed"]) + 1 if episode else len(seeds)
         self.kept += episode is not None
         self.succeeded += bool(episode and episode["success"])
 
 
-def what_is_left(jobs: list[tuple], kept: list[dict], tasks: tuple) -> tuple[list, dict]:
-    """The jobs that come after the episodes that are there, and {task: Tally} of those before."""
+def what_is_left(starts: list[tuple], kept: list[dict], tasks: tuple) -> tuple[list, dict]:
+    """Those of (task, seeds) that come after the episodes that are there, and {task: Tally} of
+    those before."""
     there, tally = {(e["task"], e["seed"]): e for e in kept}, {task: Tally() for task in tasks}
     found = [next((there[task, seed] for seed in seeds if (task, seed) in there), None)
-             for _, task, seeds, *_ in jobs]
+             for task, seeds in starts]
     done = max((i + 1 for i, episode in enumerate(found) if episode), default=0)
-    for (_, task, seeds, *_), episode in zip(jobs[:done], found):
+    for (task, seeds), episode in zip(starts[:done], found):
         tally[task].count(episode, seeds)
-    return jobs[done:], tally
+    return starts[done:], tally
 
 
 def tell_rates(tally: dict[str, Tally], cfg: Config):
@@ -810,15 +833,14 @@ def recorded_policy(cfg: Config) -> Tested | None:
     policy, *more = policies(replace(cfg, camera=()))
     if more:
         fail(f"--record --policy {' '.join(cfg.policy)}: record one policy at a time")
-    open_program(Path(policy.folder) / "policy.pt2")        # faults are told here, not in workers
-    policy.tokens                                           # made here, once
+    policy_at(policy.folder)                                # its faults are told before all else
     return policy
 
 
 def recording_settings(cfg: Config, policy: Tested | None) -> dict:
     """All that recorded episodes depend on."""
     names = ("world", "tasks", "sentence", "episodes", "camera", "max_steps", "stock", "distract",
-             "seed", "image_size", "noise", "keep", "replan", "check")
+             "seed", "image_size", "noise", "keep", "replan", "ensemble")
     return {**{name: getattr(cfg, name) for name in names}, "policy": policy and policy.checksum}
 
 
@@ -1024,32 +1046,6 @@ WORLDS = {"metaworld": MetaWorld, "pusht": PushT, "libero": Libero, "MODULE:CLAS
 
 
 # ------------------------------------------------------------ worker processes
-def run_jobs(jobs: list[tuple], workers: int, label: str):
-    """Yields the results of jobs (function, *arguments) in their order. Where a worker dies, what
-    was not yielded runs again in new ones; exits where none was yielded in between."""
-    done, broken_at = 0, 0
-    silent = int(os.environ.get("RANK", 0)) > 0
-    with tqdm(total=len(jobs), desc=label, unit="episode", mininterval=2, disable=silent) as bar:
-        while done < len(jobs):
-            pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker)
-            try:
-                futures = deque(pool.submit(*job) for job in jobs[done:])
-                while futures:                              # which hold their results
-                    result = futures.popleft().result()
-                    done += 1
-                    bar.update()
-                    yield result
-            except BrokenProcessPool:
-                died = f"a simulation process died after {done} of {len(jobs)} episodes, see above"
-                if broken_at == done:
-                    fail(f"{died}; if nothing is, memory may have run out: fewer --workers than "
-                         f"{workers}")
-                bar.write(f"rollout: {died}; going on in new ones", file=sys.stderr)
-                broken_at = done
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-
 ENVIRONMENTS = 3                # episodes that a worker has under way
 WORTH = 5                       # episodes that make up for building a world
 
@@ -1107,7 +1103,8 @@ def simulate(connection):
             if key in running:
                 seen = running[key].send(message)
             else:
-                running[key] = episode(*message)
+                function, *arguments = message
+                running[key] = function(*arguments)
                 seen = next(running[key])
         except StopIteration as end:
             result = end.value
@@ -1115,33 +1112,41 @@ def simulate(connection):
         connection.send((key, seen, result))
 
 
-def run_episodes(jobs: dict[tuple, tuple], act, workers: int, new: bool = True):
-    """Yields (key, result) of episodes as they end. jobs: {(.., task, seed): arguments of episode}.
-    act({key: what episode() yielded}) -> {key: chunk (C, A)}: asked for all that wait, when a
-    worker has nothing else to do.
+def run_episodes(jobs: dict[tuple, tuple], act, workers: int, label: str = "rollout",
+                 new: bool = True, another=None):
+    """Yields (key, result) of episodes as they end. jobs: {(number, task, seed): (generator
+    function as episode(), *arguments)}. act({key: what it yielded}) -> {key: what it is sent}:
+    asked for all that wait, when a worker has nothing else to do.
+
+    another(key, result) -> {key: job} that is to be run in place of what ended so, or {}; jobs then
+    begin by their numbers.
 
     The episodes of a worker that dies run once more, each alone in its worker; one whose worker
-    dies again has the result "crashed": True. Where the first three of a new evaluation do, it
-    exits.
+    dies again has the result "crashed": True. Where the first three of a `new` run do, it exits.
     """
-    queue, again, tries = {}, [], Counter()                 # queue: {task: [key, ...]}
-    for key in jobs:
-        queue.setdefault(key[1], []).append(key)
-    crew, ended, crashed = [Worker() for _ in range(min(workers, len(jobs)))], 0, 0
-    bar = tqdm(total=len(jobs), desc="rollout", unit="episode", mininterval=2,
+    jobs, queue = dict(jobs), Queue(jobs, in_order=another is not None)
+    crew, crashed = [Worker() for _ in range(min(workers, len(jobs)))], 0
+    bar = tqdm(total=len(jobs), desc=label, unit="episode", mininterval=2,
                disable=int(os.environ.get("RANK", 0)) > 0)
     try:
-        while ended < len(jobs):
+        while jobs:
             for worker in crew:
-                while key := next_episode(worker, crew, queue, again, tries):
+                while key := queue.take(worker, crew):
                     worker.begin(key, jobs[key])
             speak = wait([worker.connection for worker in crew])
             for worker in [worker for worker in crew if worker.connection in speak]:
-                for key, result in heard(worker, crew, again, tries, workers):
-                    ended, crashed = ended + 1, crashed + ("crashed" in result)
-                    if new and crashed == ended == min(3, len(jobs)):
+                for key, result in heard(worker, crew, queue, workers):
+                    del jobs[key]
+                    crashed += "crashed" in result
+                    new = new and "crashed" in result       # nothing else so far
+                    instead = another(key, result) if another else {}
+                    if new and (crashed == 3 or not jobs and not instead):
                         fail(f"no episode has ended, and '{key[1]}' at seed {key[2]} crashed "
                              f"twice, see above")
+                    if instead:
+                        jobs |= instead
+                        queue.put_first(*instead)
+                        continue
                     bar.update()
                     yield key, result
             if any(w.running and len(w.waiting) == len(w.running) for w in crew):
@@ -1155,7 +1160,7 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int, new: bool = True):
             worker.end()
 
 
-def heard(worker: Worker, crew: list[Worker], again: list, tries: Counter, workers: int):
+def heard(worker: Worker, crew: list[Worker], queue: "Queue", workers: int):
     """Takes in what a worker says; yields what ended, (key, result). A dead one is replaced."""
     if message := worker.hear():
         key, seen, result = message
@@ -1176,33 +1181,53 @@ def heard(worker: Worker, crew: list[Worker], again: list, tries: Counter, worke
     tqdm.write(f"rollout: a simulation process died (exit code {code}) in {names}; another one "
                f"goes on", file=sys.stderr)
     for key in worker.running:
-        tries[key] += 1
-        if tries[key] == 1:
-            again.append(key)
+        queue.deaths[key] += 1
+        if queue.deaths[key] == 1:
+            queue.again.append(key)
         else:
             yield key, {"task": key[1], "seed": key[2], "crashed": True}
 
 
-def next_episode(worker: Worker, crew: list[Worker], queue: dict, again: list, tries: Counter):
-    """Takes the episode that a worker begins now from the queue; None: none. A world takes as long
-    to build as some episodes, so a worker goes on with the tasks that it has."""
-    if len(worker.running) == ENVIRONMENTS or any(tries[key] for key in worker.running):
-        return None
-    if again:
-        return None if worker.running else again.pop(0)
-    busy = {key[1] for key in worker.running}
-    left = {task: len(keys) for task, keys in queue.items() if keys and task not in busy}
-    worlds = Counter(task for w in crew for task in w.worlds)
-    share = {task: n / (worlds[task] + (task not in worker.worlds)) for task, n in left.items()}
-    own = [task for task in share if task in worker.worlds]
-    task = max(own or share, key=share.get, default=None)
-    if task is None or not own and worker.running and worlds[task] and share[task] < WORTH:
-        return None
-    return queue[task].pop(0)
+class Queue:
+    """Episodes that have not begun. left: {task: [key, ...]}; again: those to be run alone; deaths:
+    how often each took its process down."""
+
+    def __init__(self, keys, in_order: bool):
+        self.left, self.again, self.deaths, self.in_order = {}, [], Counter(), in_order
+        for key in keys:
+            self.left.setdefault(key[1], []).append(key)
+
+    def put_first(self, key: tuple):
+        self.left[key[1]].insert(0, key)
+
+    def take(self, worker: Worker, crew: list[Worker]) -> tuple | None:
+        """The episode that a worker begins now; None: none."""
+        if len(worker.running) == ENVIRONMENTS or any(self.deaths[key] for key in worker.running):
+            return None
+        if self.again:
+            return None if worker.running else self.again.pop(0)
+        busy = {key[1] for key in worker.running}           # a worker has one world of a task
+        left = {task: keys for task, keys in self.left.items() if keys and task not in busy}
+        if self.in_order:
+            task = min(left, key=lambda task: left[task][0], default=None)
+        else:
+            task = self.near({task: len(keys) for task, keys in left.items()}, worker, crew)
+        return self.left[task].pop(0) if task else None
+
+    def near(self, left: dict[str, int], worker: Worker, crew: list[Worker]) -> str | None:
+        """Of tasks with so many episodes left one that the worker has, if there is one: a world
+        takes as long to build as some episodes."""
+        worlds = Counter(task for w in crew for task in w.worlds)
+        share = {task: n / (worlds[task] + (task not in worker.worlds)) for task, n in left.items()}
+        own = [task for task in share if task in worker.worlds]
+        task = max(own or share, key=share.get, default=None)
+        if task and not own and worker.running and worlds[task] and share[task] < WORTH:
+            return None
+        return task
 
 
 def start_worker():
-    """Runs once in each worker. A renderer that cannot start ends it, which run_jobs reports."""
+    """Runs once in each worker. A renderer that cannot start ends it, which heard() reports."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is the parent's
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
@@ -1221,17 +1246,15 @@ def end_with_parent():
     os._exit(1)
 
 
-def workers_here(cfg: Config, policy: Tested | None = None) -> int:
-    """--workers, or one a core of this process's share, as long as memory holds them, each with its
-    own copy of `policy`."""
+def workers_here(cfg: Config) -> int:
+    """--workers, or one a core of this process's share, as long as memory holds them."""
     if cfg.workers:
         return cfg.workers
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")               # a job's, where there is one
     if limit.exists() and limit.read_text().strip().isdigit():
         memory = min(memory, int(limit.read_text()))
-    size = (Path(policy.folder) / "policy.pt2").stat().st_size if policy else 0
-    fit = int(0.8 * memory / (1e9 + 2 * size))              # one more while it is loaded
+    fit = int(0.8 * memory / 1e9)
     return max(1, min(cores_here(), fit // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 

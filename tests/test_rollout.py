@@ -117,7 +117,8 @@ def test_an_episode_that_kills_its_process_is_named(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("FRAGILE", str(tmp_path / "mark"))
     cfg = rollout.Config(world="own_world:Fragile", max_steps=40)
     spec = {"camera": "render", "views": ["render"]}
-    jobs = {(0, "Fragile", seed): ("Fragile", seed, cfg, spec, False, np.zeros((30, 2)))
+    actions = np.zeros((30, 2))
+    jobs = {(0, "Fragile", seed): (rollout.episode, "Fragile", seed, cfg, spec, False, actions)
             for seed in range(8)}
     results = dict(rollout.run_episodes(jobs, None, 2))
     assert len(results) == 8
