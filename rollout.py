@@ -444,7 +444,7 @@ def evaluate(cfg: Config):
             summarize([r for key, r in results.items() if key[0] == number], one, cfg)
         arms = {one.arm: [x.out for x in tested if x.arm == one.arm] for one in tested}
         table = report(arms, cfg)
-        if cfg.check == "replay" and table["replay"]["tasks"]["all"]["rate"] < 0.95:
+        if cfg.check == "replay" and (table["replay"]["tasks"]["all"]["rate"] or 0) < 0.95:
             fail(f"recorded actions do not succeed again in 95% of the episodes: this simulator is "
                  f"not the one that '{tested[0].folder}' was recorded in")
 
@@ -490,7 +490,7 @@ def summarize(results: list[dict], one: Tested, cfg: Config):
         mine = [r["success"] for r in ended if task in (r["task"], "all")]
         low, high = wilson(sum(mine), len(mine))
         table[task] = dict(successes=sum(mine), episodes=len(mine), low=low, high=high,
-                           rate=sum(mine) / max(1, len(mine)))
+                           rate=sum(mine) / len(mine) if mine else None)
     seeds = [r["seed"] for r in results]
     write_json(one.out / "results.json", {
         "tasks": table, "policy": one.folder, "policy_manifest": one.spec, "config": asdict(cfg),
@@ -1614,31 +1614,39 @@ def tabulate(found: dict[str, list[dict]]) -> dict:
     bootstrap that draws training seeds, and episodes of each task, which are the same environment
     seeds for all arms; of a rate never narrower than Wilson's of the distinct episodes.
     `between_seeds` is the deviation of training seeds' rates, `of_episodes` the standard error of
-    the rate from the choice of episodes alone.
+    the rate from the choice of episodes alone. None: no episode has ended that would tell.
     """
     success = {name: np.stack([outcomes(run) for run in runs]) for name, runs in found.items()}
     drawn, base, table = bootstrap(success), next(iter(found)), {}
     for name, x in success.items():
         runs, rows = found[name], {}
         for i, task in enumerate(runs[0]["tasks"]):
-            mine = x if task == "all" else x[:, i]
-            ended = int(np.isfinite(mine).sum())
-            low, high = wilson(np.nansum(mine) / len(runs), ended / len(runs))
-            if len(runs) > 1:
-                widest = np.nanquantile(drawn[name][:, i], [0.025, 0.975]).clip(0, 1)
-                low, high = min(low, widest[0]), max(high, widest[1])
-            rows[task] = dict(successes=int(np.nansum(mine)), episodes=ended, low=low, high=high,
-                              rate=rates(x)[i])
+            rows[task] = row = row_of(x if task == "all" else x[:, i], drawn[name][:, i])
             if name != base:
-                less = np.nanquantile(drawn[name][:, i] - drawn[base][:, i], [0.025, 0.975])
-                rows[task]["difference"] = rates(x)[i] - rates(success[base])[i], *less
-        each = [rates(run[None])[-1] for run in x]
+                rate, other = row["rate"], table[base]["tasks"][task]["rate"]
+                less = drawn[name][:, i] - drawn[base][:, i]
+                row["difference"] = None if None in (rate, other) else (
+                    rate - other, *np.nanquantile(less, [0.025, 0.975]))
+        each = [rates(run[None])[-1] for run in x if np.isfinite(run).any()]
         table[name] = dict(
             tasks=rows, training_seeds=each, of_episodes=error_of_episodes(x),
-            between_seeds=np.std(each, ddof=1) if len(runs) > 1 else None,
+            between_seeds=np.std(each, ddof=1) if len(each) > 1 else None,
             crashed=[(c["task"], c["seed"]) for run in runs for c in run["crashed"]],
             runs=[facts_of(run) for run in runs])
     return table
+
+
+def row_of(success: np.ndarray, drawn: np.ndarray) -> dict:
+    """Successes of (R, .., E), their rate and its interval; drawn: rates of the bootstrap."""
+    runs, ended = len(success), int(np.isfinite(success).sum())
+    row = dict(successes=int(np.nansum(success)), episodes=ended, rate=None, low=None, high=None)
+    if not ended:
+        return row
+    low, high = wilson(row["successes"] / runs, ended / runs)
+    if runs > 1:
+        widest = np.nanquantile(drawn, [0.025, 0.975]).clip(0, 1)
+        low, high = min(low, widest[0]), max(high, widest[1])
+    return {**row, "rate": row["successes"] / ended, "low": low, "high": high}
 
 
 def outcomes(run: dict) -> np.ndarray:
@@ -1654,9 +1662,10 @@ def outcomes(run: dict) -> np.ndarray:
 
 
 def rates(success: np.ndarray) -> np.ndarray:
-    """(R, T, E) -> success of each task, and of all episodes, (T + 1,)"""
+    """(R, T, E) -> success of each task, and of all episodes, (T + 1,); NaN where none ended."""
     ended, successes = np.isfinite(success).sum((0, 2)), np.nansum(success, (0, 2))
-    return np.append(successes, successes.sum()) / np.maximum(1, np.append(ended, ended.sum()))
+    ended, successes = (np.append(x, x.sum()) for x in (ended, successes))
+    return np.where(ended > 0, successes / np.maximum(1, ended), math.nan)
 
 
 def bootstrap(success: dict[str, np.ndarray], draws: int = 1000) -> dict[str, np.ndarray]:
@@ -1679,9 +1688,10 @@ def error_of_episodes(success: np.ndarray) -> float | None:
     """Standard error of the rate over all (R, T, E), had other episodes been drawn for the same
     policies; one episode a task does not tell."""
     mean = success.mean(0)                                  # (T, E)
-    if mean.shape[1] < 2:
+    several = mean[np.isfinite(mean).sum(1) > 1]
+    if not len(several):
         return None
-    return float(np.sqrt(np.nanmean(np.nanvar(mean, 1, ddof=1)) / np.isfinite(mean).sum()))
+    return float(np.sqrt(np.nanvar(several, 1, ddof=1).mean() / np.isfinite(mean).sum()))
 
 
 def facts_of(run: dict) -> dict:
@@ -1718,11 +1728,11 @@ def cells_of(table: dict) -> list[list[str]]:
     tasks, runs = arms[0]["tasks"], [arm["runs"][0] for arm in arms]
     rows = [["success rate [95% interval]", *table]]
     for task in tasks:
-        cells = ["{rate:.2f} [{low:.2f}, {high:.2f}]".format(**arm["tasks"][task]) for arm in arms]
+        cells = [estimate(*map(arm["tasks"][task].get, ("rate", "low", "high"))) for arm in arms]
         rows.append([f"{task} ({tasks[task]['episodes']})", *cells])
     if len(arms) > 1:
-        less = [arm["tasks"]["all"]["difference"] for arm in arms[1:]]
-        cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference) for difference in less]
+        less = [arm["tasks"]["all"]["difference"] or [None] * 3 for arm in arms[1:]]
+        cells = [estimate(*difference, sign="+") for difference in less]
         rows.append([f"all, less {next(iter(table))}", "", *cells])
     errors = [arm["of_episodes"] for arm in arms]
     rows.append(["standard error, episodes", *["" if x is None else f"{x:.3f}" for x in errors]])
@@ -1741,6 +1751,13 @@ def cells_of(table: dict) -> list[list[str]]:
     if any(arm["crashed"] for arm in arms):
         rows.append(["crashed, not counted", *[str(len(arm["crashed"])) for arm in arms]])
     return rows
+
+
+def estimate(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
+    """A number with its interval; None: no episode has ended."""
+    if value is None:
+        return "no result"
+    return f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
 
 def write_page(out: Path, table: dict, found: dict, lines: list[str], arms: dict):
@@ -1775,7 +1792,8 @@ def plot_success(table: dict, found: dict):
     axes, width, numbers = figure.subplots(), 0.8 / len(table), {}
     for i, (name, arm) in enumerate(table.items()):
         rows = [arm["tasks"][task] for task in tasks]
-        rate, low, high = (np.array([row[key] for row in rows]) for key in ("rate", "low", "high"))
+        rate, low, high = (np.array([row[key] for row in rows], float)      # of None: NaN, no bar
+                           for key in ("rate", "low", "high"))
         axes.bar(np.arange(len(tasks)) + i * width, rate, width, label=name, capsize=2,
                  yerr=np.maximum(0, [rate - low, high - rate]))
         numbers[name] = {task: [row["rate"], row["low"], row["high"]]
@@ -1792,7 +1810,8 @@ def plot_over_time(table: dict, found: dict):
     figure, numbers = Figure(figsize=(6, 3.5)), {}
     axes = figure.subplots()
     for name, runs in found.items():
-        episodes = [e for run in runs for e in run["episodes"]]
+        if not (episodes := [e for run in runs for e in run["episodes"]]):
+            continue
         ends = np.array([e["steps"] if e["success"] else math.inf for e in episodes])
         steps = np.arange(runs[0]["config"]["max_steps"] + 1)
         share = (ends <= steps[:, None]).mean(1)

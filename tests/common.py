@@ -73,7 +73,8 @@ def expert_pictures(task, seed, steps):
             pictures.append((world.image(64, "corner4"), world.background(64, "corner4")))
             last = rollout.view(world, "corner4", 64, rollout.Distraction((seed,), 0.0), step)
         world.step(world.expert())
-    return *map(np.stack, zip(*pictures)), last
+    images, backgrounds = map(np.stack, zip(*pictures))
+    return {"images": images, "backgrounds": backgrounds, "last": last}
 
 
 def look_at_libero(name, task, seed):
@@ -86,7 +87,7 @@ def look_at_libero(name, task, seed):
         for _ in range(steps):
             world.step(np.array([0, 0, 1, 0, 0, 0, -1.0]))
         found += [world.state, world.image(64, "agentview")]
-    return found
+    return {"seen": found}
 
 
 def fake_episodes(fails, stop_at=None):

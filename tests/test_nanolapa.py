@@ -220,8 +220,9 @@ def test_a_distraction_is_of_its_seed_and_step_alone():
 def test_the_background_holds_neither_robot_nor_object():
     task = "button-press-topdown"
     jobs = {(0, task, 3): (expert_pictures, task, 3, (0, 30, 60))}
-    (_, (images, backgrounds, last)), = rollout.run_episodes(jobs, None, 1)
-    assert np.array_equal(last, images[-1])                 # level 0: the clean picture
+    (_, seen), = rollout.run_episodes(jobs, None, 1)
+    images, backgrounds = seen["images"], seen["backgrounds"]
+    assert np.array_equal(seen["last"], images[-1])         # level 0: the clean picture
     r, g, b = np.moveaxis(images.astype(int), -1, 0)
     robot, button = r > 3 * np.maximum(g, b) + 20, np.minimum(r, g) > 2 * b + 20
     assert robot.mean() > 0.03 and button.mean() > 0.005 and 0.5 < backgrounds.mean() < 0.95

@@ -222,6 +222,24 @@ def test_differences_are_paired_and_both_variances_shown():
     assert half["tasks"]["x"]["rate"] == pytest.approx(better[50:].mean())
 
 
+def test_a_policy_whose_episodes_all_crashed_has_no_result(tmp_path, capsys):
+    success = np.arange(8) % 2
+    for name, crashed in {"good": (), "dead": range(8)}.items():
+        found = evaluation(success, crashed)
+        found["config"] |= {"max_steps": 9, "distract": 0.0}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(found))
+    good, dead = tmp_path / "good", tmp_path / "dead"
+    for arms in ((f"good={good}", f"dead={dead}"), (f"dead={dead}", f"good={good},{dead}")):
+        roll(compare=arms, out=str(tmp_path / "out"))
+        told, page = capsys.readouterr(), (tmp_path / "out/table.json").read_text()
+        table = json.loads(page, parse_constant=pytest.fail)            # NaN is no JSON
+        assert table["dead"]["tasks"]["all"]["rate"] is None and told.out.count("no result") == 3
+        assert (table["good"]["tasks"]["x"]["rate"], table["good"]["training_seeds"]) == (.5, [.5])
+        for name in ("success", "over_time"):
+            json.loads((tmp_path / f"out/{name}.json").read_text(), parse_constant=pytest.fail)
+
+
 # ------------------------------------------------------------ errors
 @pytest.mark.parametrize("options, changes, says", [
     ({}, {"action_dim": 7}, "action_dim is 7, metaworld has 4"),
