@@ -45,7 +45,7 @@ import traceback
 import warnings
 import zipfile
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, cached_property, partial
 from multiprocessing import get_context, parent_process
@@ -84,7 +84,7 @@ class Config:
 
     # evaluation
     policy: tuple[str, ...] = ()            # folders, or NAME=FOLDER[,FOLDER...]; none: stage 3's
-    out: str = "runs/rollout"               # where results and videos go
+    out: str = ""                           # where results go; none: runs/rollout, runs/compare
     replan: int = 0                         # actions executed of each predicted chunk; 0: all
     ensemble: float | None = None           # averages overlapping chunks; how their weights decay
     check: Literal["", "scrambled", "blind", "replay"] = ""     # told wrongly, black, recorded
@@ -706,15 +706,24 @@ def main(cfg: Config):
 
 
 # ------------------------------------------------------------ a reader may stop here
+OPEN_LOOP = "world", "policy", "data", "out", "episodes", "seed"        # options that it has
+
+
 def check(cfg: Config):
     """Exits where settings do not go together; fills in what the world says of tasks and views."""
+    dataset = cfg.world.partition("/")[0] == "dataset"
+    if dataset and cfg.record:
+        fail(f"--world {cfg.world} is recorded already; --record needs a simulator")
+    given = [field.name for field in fields(cfg) if getattr(cfg, field.name) != field.default]
+    if without := [name for name in given if dataset and name not in OPEN_LOOP]:
+        fail(f"--world {cfg.world} runs no simulator: --{without[0].replace('_', '-')} "
+             f"{getattr(cfg, without[0])} has no meaning there; leave it out")
+    cfg.out = cfg.out or ("runs/compare" if cfg.compare else "runs/rollout")
     if not cfg.record and not cfg.policy:
         cfg.policy = ("runs/finetune/policy",)
     if cfg.noise is None:
         cfg.noise = 0.0 if cfg.policy else 0.2
-    if cfg.world.partition("/")[0] == "dataset":
-        if cfg.record:
-            fail(f"--world {cfg.world} is recorded already; --record needs a simulator")
+    if dataset:
         return
     check_world(cfg)
     if not 0 <= cfg.seed < EVALUATION // SEEDS:
@@ -1545,7 +1554,10 @@ def write_json(path: Path, value: dict):
 
 # ------------------------------------------------------------ tables, report
 def compare(cfg: Config):
-    """The table and the report of finished evaluations."""
+    """The table and the report of finished evaluations, in a folder of their own."""
+    if (Path(cfg.out) / "evaluation.json").exists():
+        fail(f"--out '{cfg.out}' holds an evaluation, whose report this one would replace; give "
+             f"another folder")
     report(parse_arms(cfg.compare, "--compare"), cfg)
 
 

@@ -54,6 +54,8 @@ def test_several_policies_in_one_call_are_as_each_alone(stages, tmp_path, capsys
     out = capsys.readouterr().out
     assert read(tmp_path / "again", "table") == table
     assert "drawer-open (4)" in out and "8 of 8" in out and "--distract 0.5" in out
+    with pytest.raises(SystemExit, match="alone' holds an evaluation, whose report"):
+        roll(compare=items, out=str(tmp_path / "alone"))
     old = read(tmp_path / "alone")
     del old["config"]["distract"]                           # as before there was such an option
     (tmp_path / "alone/results.json").write_text(json.dumps(old))

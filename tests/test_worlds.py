@@ -91,6 +91,7 @@ def test_open_loop_measures_what_a_policy_does(reach, tmp_path, monkeypatch, cap
     (dict(sentence="Do it"), "--sentence: --world metaworld has 50 tasks"),
     (dict(camera=("corner", "topview")), "corner topview: a policy looks from one"),
     (dict(world="dataset", record=True), "is recorded already"),
+    (dict(world="dataset", max_steps=9), "no simulator: --max-steps 9 has no meaning there; leave"),
     (dict(world="metaworld", policy=("FT",)), "acts in the units of 'own_world_reach_render'"),
 ])
 def test_a_world_that_does_not_fit_is_one_line(options, says, reach):
