@@ -195,8 +195,9 @@ class MetaWorld(World):
         return self.observation[:4].astype(np.float32)
 
     def image(self, size: int, camera: str) -> np.ndarray:
-        x = self.render(size, camera).reshape(size, self.scale, size, self.scale, 3).mean((1, 3))
-        return np.ascontiguousarray(x.round().astype(np.uint8))
+        x, n = self.render(size, camera), self.scale
+        parts = [x[i::n, j::n] for i, j in np.ndindex(n, n)]            # of each averaged square
+        return np.mean(parts, 0).round().astype(np.uint8)
 
     def background(self, size: int, camera: str) -> np.ndarray:
         from mujoco import mjtObj
@@ -379,7 +380,11 @@ class Tested:
         return tokenize(self.folder, self.spec, self.told)
 
     def answer(self, shown: dict[tuple, tuple]) -> dict[tuple, np.ndarray]:
-        """{(.., task, seed): what Plan.action yields} -> {the same: chunk (C, A)}"""
+        """{(.., task, seed): what Plan.action yields} -> {the same: chunk (C, A)}; of none it only
+        loads the policy."""
+        if not shown:
+            policy_at(self.folder), self.tokens
+            return {}
         chunks = self.act([key[1] for key in shown], list(shown.values()))
         return dict(zip(shown, chunks))
 
@@ -453,8 +458,8 @@ def ask(tested: list[Tested], shown: dict[tuple, tuple]) -> dict[tuple, np.ndarr
     """{(number of the policy, task, seed): what it is to see} -> {the same: chunk (C, A)}"""
     chunks = {}
     for number, one in enumerate(tested):
-        if its := {key: seen for key, seen in shown.items() if key[0] == number}:
-            chunks |= one.answer(its)
+        its = {key: seen for key, seen in shown.items() if key[0] == number}
+        chunks |= one.answer(its) if one.recorded is None else {}
     return chunks
 
 
@@ -1125,7 +1130,7 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int, label: str = "roll
                  new: bool = True, another=None):
     """Yields (key, result) of episodes as they end. jobs: {(number, task, seed): (generator
     function as episode(), *arguments)}. act({key: what it yielded}) -> {key: what it is sent}:
-    asked for all that wait, when a worker has nothing else to do.
+    asked for none while the workers start, then for all that wait when one has nothing else to do.
 
     another(key, result) -> {key: job} that is to be run in place of what ended so, or {}; jobs then
     begin by their numbers.
@@ -1138,6 +1143,8 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int, label: str = "roll
     bar = tqdm(total=len(jobs), desc=label, unit="episode", mininterval=2,
                disable=int(os.environ.get("RANK", 0)) > 0)
     try:
+        if act and jobs:
+            act({})
         while jobs:
             for worker in crew:
                 while key := queue.take(worker, crew):
