@@ -250,7 +250,8 @@ class Distraction:
         waves = np.sin(self.phase + 2 * np.pi * step / self.period)
         walks = self.level * waves.mean(1)                  # smooth, within -level..level
         x = self.paint(image, background, step)
-        shake = np.c_[np.eye(2), walks[:2] / 16 * len(x)]
+        moved = walks[:2] / 16 * len(x)                     # pixels
+        shake = np.c_[np.eye(2), moved]
         x = cv2.warpAffine(x, shake, x.shape[:2], borderMode=cv2.BORDER_REPLICATE)
         contrast, brightness, *tint = 1 + 0.2 * walks[2:]
         x = (128 + (x - 128) * contrast) * brightness * tint
@@ -263,10 +264,12 @@ class Distraction:
         centers = np.abs((self.start + self.velocity * step) % 2 - 1)
         for i, center in enumerate(centers):
             away = grid - center[:, None, None]
-            inside = np.exp(-((away / self.radius[i]) ** 2).sum(0) ** 2)
-            texture = 0.7 + 0.3 * np.sin(np.tensordot(self.stripes[i], away, 1))
+            distance = ((away / self.radius[i]) ** 2).sum(0)
+            inside = np.exp(-distance ** 2)
+            waves = np.sin(np.tensordot(self.stripes[i], away, 1))
+            color = (0.7 + 0.3 * waves[..., None]) * self.color[i]
             opacity = 0.8 * self.level * inside * background
-            x += opacity[..., None] * (texture[..., None] * self.color[i] - x)
+            x += opacity[..., None] * (color - x)
         return x
 
 
@@ -360,8 +363,10 @@ def blended(chunks: dict[int, np.ndarray], step: int, decay: float | None) -> np
     if decay is None:
         first = max(chunks)
         return chunks[first][step - first]
-    plans = [chunk[step - first] for first, chunk in chunks.items() if step - first < len(chunk)]
-    return np.average(plans, 0, np.exp(-decay * np.arange(len(plans))))
+    places = [(chunk, step - first) for first, chunk in chunks.items()]
+    plans = [chunk[place] for chunk, place in places if place < len(chunk)]
+    weights = np.exp(-decay * np.arange(len(plans)))
+    return np.average(plans, 0, weights)
 
 
 @dataclass
@@ -413,7 +418,8 @@ def as_loaded(image: np.ndarray, spec: dict) -> np.ndarray:
         import torch
         x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
         x = torch.nn.functional.interpolate(x, (size, size), mode="bilinear", antialias=True)
-        return x[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy()
+        x = x[0].permute(1, 2, 0).round().clamp(0, 255)
+        return x.to(torch.uint8).numpy()
     shrinks = image.shape[0] >= 2 * size
     how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(image, (size, size), interpolation=how)
@@ -446,10 +452,12 @@ def evaluate(cfg: Config):
     if rank == 0:
         results = read_episodes(out)
         for number, one in enumerate(tested):
-            summarize([r for key, r in results.items() if key[0] == number], one, cfg)
+            its = [result for key, result in results.items() if key[0] == number]
+            summarize(its, one, cfg)
         arms = {one.arm: [x.out for x in tested if x.arm == one.arm] for one in tested}
         table = report(arms, cfg)
-        if cfg.check == "replay" and (table["replay"]["tasks"]["all"]["rate"] or 0) < 0.95:
+        ended = table[tested[0].arm]["tasks"]["all"]
+        if cfg.check == "replay" and ended["successes"] < 0.95 * max(1, ended["episodes"]):
             fail(f"recorded actions do not succeed again in 95% of the episodes: this simulator is "
                  f"not the one that '{tested[0].folder}' was recorded in")
 
@@ -481,9 +489,9 @@ def jobs_of(tested: list[Tested], cfg: Config) -> dict[tuple, tuple]:
 def instructions(cfg: Config) -> dict[str, str]:
     """{task: sentence for the policy}; with --check scrambled each has that of the next."""
     shift = 1 if cfg.check == "scrambled" else 0
+    others = cfg.tasks[shift:] + cfg.tasks[:shift]
     sentences = sentences_of(cfg)
-    return {task: sentences[other]
-            for task, other in zip(cfg.tasks, cfg.tasks[shift:] + cfg.tasks[:shift])}
+    return {task: sentences[other] for task, other in zip(cfg.tasks, others)}
 
 
 def summarize(results: list[dict], one: Tested, cfg: Config):
@@ -494,8 +502,8 @@ def summarize(results: list[dict], one: Tested, cfg: Config):
     for task in [*cfg.tasks, "all"]:
         mine = [r["success"] for r in ended if task in (r["task"], "all")]
         low, high = wilson(sum(mine), len(mine))
-        table[task] = dict(successes=sum(mine), episodes=len(mine), low=low, high=high,
-                           rate=sum(mine) / len(mine) if mine else None)
+        rate = sum(mine) / len(mine) if mine else None
+        table[task] = dict(successes=sum(mine), episodes=len(mine), low=low, high=high, rate=rate)
     seeds = [r["seed"] for r in results]
     write_json(one.out / "results.json", {
         "tasks": table, "policy": one.folder, "policy_manifest": one.spec, "config": asdict(cfg),
@@ -509,7 +517,8 @@ def wilson(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
         return 0.0, 1.0
     p, d = successes / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / d
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
+    variance = p * (1 - p) / n + z * z / (4 * n * n)
+    half = z * math.sqrt(variance) / d
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -519,7 +528,8 @@ def recorded_episode(task: str, seed: int, cfg: Config, spec: dict | None):
     generator as Plan.action. `action`, the label, is what was commanded; `executed_action` what was
     done. Pictures are PNG. A failure has no steps, unless --keep all."""
     world, rng = world_at(cfg.world, task, cfg.stock), np.random.default_rng(seed)
-    plan = spec and Plan(world, task, seed, cfg, spec, np.random.default_rng((seed, 1)))
+    policy_rng = np.random.default_rng((seed, 1))
+    plan = spec and Plan(world, task, seed, cfg, spec, policy_rng)
     distractions = distractions_of(task, seed, cfg.camera, cfg)
     push, steps, finished = np.zeros(world.action_dim), [], None
     world.reset(seed)
@@ -540,9 +550,10 @@ def recorded_episode(task: str, seed: int, cfg: Config, spec: dict | None):
     if finished is None and cfg.keep == "successes":
         return {}
     names = "pictures", "state", "action", "executed_action", "reward"
-    episode = {**dict(zip(names, zip(*steps))), "seed": seed, "success": finished is not None}
+    episode = dict(zip(names, zip(*steps)))
     images, *further = zip(*episode.pop("pictures"))
-    return {**episode, "images": images, "further": dict(zip(cfg.camera[1:], further))}
+    episode |= {"images": images, "further": dict(zip(cfg.camera[1:], further))}
+    return {**episode, "seed": seed, "success": finished is not None}
 
 
 def png_of(image: np.ndarray) -> bytes:
@@ -559,9 +570,10 @@ def record(cfg: Config):
     cfg.camera = cfg.camera or (policy.spec["camera"],)
     name = dataset_name(cfg.world, cfg.camera[0], cfg.distract)
     told = {"success": "episode_metadata/success"} if cfg.keep == "all" else {}
-    entry = Entry(frame=f"{cfg.image_size}x{cfg.image_size} png", **world.entry, **told)
-    first, tries = cfg.seed * SEEDS, 1 if cfg.keep == "all" else TRIES
-    block = range(first, first + SEEDS)
+    frame = f"{cfg.image_size}x{cfg.image_size} png"
+    entry = Entry(frame=frame, **world.entry, **told)
+    tries = 1 if cfg.keep == "all" else TRIES
+    block = range(cfg.seed * SEEDS, (cfg.seed + 1) * SEEDS)
     starts = [(task, block[i::cfg.episodes][:tries])
               for i in range(cfg.episodes) for task in cfg.tasks]
     steps, began = 0, time.time()
@@ -578,10 +590,11 @@ def record(cfg: Config):
             writer.add(**episode, instruction=sentences[task], task=task,
                        file_path=f"{cfg.world}/{task}/{episode['seed']}")
         tell_rates(tally, cfg)
-    count, tried, crashed = (sum(getattr(t, key) for t in tally.values())
-                             for key in ("kept", "tried", "crashed"))
-    also = f", {crashed} crashed" if crashed else ""
-    print(f"recorded {count} of {len(starts)} episodes ({tried} tried{also}), {steps} steps in "
+    count = sum(t.kept for t in tally.values())
+    tried = sum(t.tried for t in tally.values())
+    crashed = sum(t.crashed for t in tally.values())
+    how = f"{tried} tried, {crashed} crashed" if crashed else f"{tried} tried"
+    print(f"recorded {count} of {len(starts)} episodes ({how}), {steps} steps in "
           f"{time.time() - began:.0f} s: {cfg.data}/{name}")
 
 
@@ -624,7 +637,8 @@ def open_loop(cfg: Config):
     spec = read_manifest(folder)
     if len(spec.get("cameras", ())) > 1:
         fail(f"--world {cfg.world} shows one camera, policy '{folder}' sees {spec['cameras']}")
-    name, own = cfg.world.partition("/")[2] or spec["units_of"], spec["config"]
+    name = cfg.world.partition("/")[2] or spec["units_of"]
+    own = spec["config"]
     data = DataConfig(data=cfg.data, mix=name, val_fraction=own["val_fraction"],
                       holdout=own["holdout"], resize=own["resize"], pairs_per_episode=0)
     loader = Loader(data, "val", 32, spec["image_size"], horizon_s=0, chunk=spec["chunk"],
@@ -641,8 +655,10 @@ def open_loop(cfg: Config):
     moves = deviation > 1e-6                                # dimensions that ever change
     errors = {}
     for label, guess in {"policy": predicted, "mean action": mean}.items():
-        squares = (((guess - true)[..., moves] / deviation[moves]) ** 2).mean(-1)   # (N, C)
-        errors[label] = np.sqrt((squares * mask).sum(0) / mask.sum(0)).tolist()
+        away = (guess - true)[..., moves] / deviation[moves]
+        squares = (away ** 2).mean(-1)                      # (N, C)
+        means = (squares * mask).sum(0) / mask.sum(0)
+        errors[label] = np.sqrt(means).tolist()
     number = len({episode for episode, _ in rows})
     print(f"{name}: {len(rows)} steps of {number} held-out episodes\n"
           f"step of the chunk  policy  mean action")
@@ -664,10 +680,11 @@ def predictions(cfg: Config, policy: Tested, loader) -> dict[tuple, tuple]:
         new = {text: text for text in texts if text not in policy.tokens}
         policy.tokens.update(tokenize(policy.folder, policy.spec, new) if new else {})
         noise = rng.standard_normal(shape, np.float32)
-        seen = zip(batch["frames"][:, :1].numpy(), batch["state"].numpy(), noise)
-        chunks = policy.act(texts, list(seen))
+        pictures, state = batch["frames"][:, :1].numpy(), batch["state"].numpy()
+        chunks = policy.act(texts, list(zip(pictures, state, noise)))
         keys = zip(batch["episode"].tolist(), batch["step"].tolist())
-        for key, *row in zip(keys, chunks, batch["actions"].numpy(), batch["action_mask"].numpy()):
+        true, mask = batch["actions"].numpy(), batch["action_mask"].numpy()
+        for key, *row in zip(keys, chunks, true, mask):
             if key in rows or len(episodes | {key[0]}) > cfg.episodes:
                 return dict(sorted(rows.items()))           # the loader has come round, or enough
             episodes.add(key[0])
@@ -684,7 +701,9 @@ def plot_actions(rows: dict, mean: np.ndarray):
                              figsize=(4 * len(episodes), 1.6 * len(mean)))
     for column, episode in zip(axes.T, episodes):
         steps = [step for number, step in rows if number == episode]
-        predicted, true = (np.stack([rows[episode, t][i][0] for t in steps]) for i in (0, 1))
+        chunks = [rows[episode, step] for step in steps]
+        predicted = np.stack([chunk[0] for chunk, _, _ in chunks])
+        true = np.stack([chunk[0] for _, chunk, _ in chunks])
         column[0].set_title(f"episode {episode}", fontsize=8)
         for i, ax in enumerate(column):
             ax.plot(steps, true[:, i], label="true")
@@ -812,9 +831,12 @@ class Tally:
 def what_is_left(starts: list[tuple], kept: list[dict], tasks: tuple) -> tuple[list, dict]:
     """Those of (task, seeds) that come after the episodes that are there, and {task: Tally} of
     those before."""
-    there, tally = {(e["task"], e["seed"]): e for e in kept}, {task: Tally() for task in tasks}
-    found = [next((there[task, seed] for seed in seeds if (task, seed) in there), None)
-             for task, seeds in starts]
+    there = {(e["task"], e["seed"]): e for e in kept}
+    tally = {task: Tally() for task in tasks}
+    found = []
+    for task, seeds in starts:
+        its = [there[task, seed] for seed in seeds if (task, seed) in there]
+        found.append(its[0] if its else None)
     done = max((i + 1 for i, episode in enumerate(found) if episode), default=0)
     for (task, seeds), episode in zip(starts[:done], found):
         tally[task].count(episode, seeds)
@@ -824,13 +846,13 @@ def what_is_left(starts: list[tuple], kept: list[dict], tasks: tuple) -> tuple[l
 def tell_rates(tally: dict[str, Tally], cfg: Config):
     """Names the tasks that have fewer episodes than asked for; exits where there is none at all."""
     for task, t in tally.items():
-        rate = f"{who(cfg)} succeeded at {t.succeeded} of {t.tried} starts of '{task}'"
+        told = f"{who(cfg)} succeeded at {t.succeeded} of {t.tried} starts of '{task}'"
         if cfg.keep == "all":
-            print(f"rollout: {rate}")
+            print(f"rollout: {told}")
         elif t.kept < cfg.episodes:
-            print(f"rollout: {rate} ({t.succeeded / t.tried:.2f}), so it has {t.kept} of "
-                  f"{cfg.episodes} episodes; lower --noise {cfg.noise} or leave the task out",
-                  file=sys.stderr)
+            rate = t.succeeded / t.tried
+            print(f"rollout: {told} ({rate:.2f}), so it has {t.kept} of {cfg.episodes} episodes; "
+                  f"lower --noise {cfg.noise} or leave the task out", file=sys.stderr)
     if not any(t.kept for t in tally.values()):
         fail(f"{who(cfg)} succeeded at none of {', '.join(tally)}; lower --noise {cfg.noise}, or "
              f"give --keep all")
@@ -923,7 +945,8 @@ class Gymnasium(World):
             action = np.clip(action, self.low, self.high).astype(np.float32)
             self.observation, reward, ended, truncated, info = self.env.step(action)
             self.over = ended or truncated
-            self.last = float(reward), bool(info.get("success", info.get("is_success", False)))
+            success = info.get("success", info.get("is_success", False))
+            self.last = float(reward), bool(success)
         return self.last
 
     def ask(self) -> np.ndarray:
@@ -945,7 +968,8 @@ class Gymnasium(World):
         height, width = x.shape[:2]
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
-        x = np.ascontiguousarray(x[top:top + side, left:left + side])
+        x = x[top:top + side, left:left + side]
+        x = np.ascontiguousarray(x)
         how = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
         return cv2.resize(x, (size, size), interpolation=how)
 
@@ -1139,7 +1163,8 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int, label: str = "roll
     dies again has the result "crashed": True. Where the first three of a `new` run do, it exits.
     """
     jobs, queue = dict(jobs), Queue(jobs, in_order=another is not None)
-    crew, crashed = [Worker() for _ in range(min(workers, len(jobs)))], 0
+    crew = [Worker() for _ in range(min(workers, len(jobs)))]
+    crashed = 0
     bar = tqdm(total=len(jobs), desc=label, unit="episode", mininterval=2,
                disable=int(os.environ.get("RANK", 0)) > 0)
     try:
@@ -1166,7 +1191,8 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int, label: str = "roll
                     bar.update()
                     yield key, result
             if any(w.running and len(w.waiting) == len(w.running) for w in crew):
-                chunks = act({key: seen for w in crew for key, seen in w.waiting.items()})
+                shown = {key: seen for w in crew for key, seen in w.waiting.items()}
+                chunks = act(shown)
                 for worker in crew:
                     for key in list(worker.waiting):
                         worker.tell(key, chunks[key])
@@ -1193,9 +1219,9 @@ def heard(worker: Worker, crew: list[Worker], queue: "Queue", workers: int):
         fail(f"a simulation process could not start (exit code {code}), see above; if nothing is, "
              f"memory may have run out: fewer --workers than {workers}")
     crew[crew.index(worker)] = Worker()
-    names = ", ".join(f"{task} at seed {seed}" for _, task, seed in worker.running) or "no episode"
-    tqdm.write(f"rollout: a simulation process died (exit code {code}) in {names}; another one "
-               f"goes on", file=sys.stderr)
+    names = [f"{task} at seed {seed}" for _, task, seed in worker.running]
+    tqdm.write(f"rollout: a simulation process died (exit code {code}) in "
+               f"{', '.join(names) or 'no episode'}; another one goes on", file=sys.stderr)
     for key in worker.running:
         queue.deaths[key] += 1
         if queue.deaths[key] == 1:
@@ -1218,7 +1244,8 @@ class Queue:
 
     def take(self, worker: Worker, crew: list[Worker]) -> tuple | None:
         """The episode that a worker begins now; None: none."""
-        if len(worker.running) == ENVIRONMENTS or any(self.deaths[key] for key in worker.running):
+        alone = any(self.deaths[key] for key in worker.running)
+        if alone or len(worker.running) == ENVIRONMENTS:
             return None
         if self.again:
             return None if worker.running else self.again.pop(0)
@@ -1227,15 +1254,17 @@ class Queue:
         if self.in_order:
             task = min(left, key=lambda task: left[task][0], default=None)
         else:
-            task = self.near({task: len(keys) for task, keys in left.items()}, worker, crew)
+            numbers = {task: len(keys) for task, keys in left.items()}
+            task = self.near(numbers, worker, crew)
         return self.left[task].pop(0) if task else None
 
     def near(self, left: dict[str, int], worker: Worker, crew: list[Worker]) -> str | None:
         """Of tasks with so many episodes left one that the worker has, if there is one: a world
         takes as long to build as some episodes."""
         worlds = Counter(task for w in crew for task in w.worlds)
-        share = {task: n / (worlds[task] + (task not in worker.worlds)) for task, n in left.items()}
-        own = [task for task in share if task in worker.worlds]
+        own = [task for task in left if task in worker.worlds]
+        sharers = {task: worlds[task] + (task not in own) for task in left}
+        share = {task: number / sharers[task] for task, number in left.items()}
         task = max(own or share, key=share.get, default=None)
         if task and not own and worker.running and worlds[task] and share[task] < WORTH:
             return None
@@ -1270,18 +1299,21 @@ def workers_here(cfg: Config) -> int:
     limit = Path("/sys/fs/cgroup/memory.max")               # a job's, where there is one
     if limit.exists() and limit.read_text().strip().isdigit():
         memory = min(memory, int(limit.read_text()))
-    fit = int(0.8 * memory / 1e9)
-    return max(1, min(cores_here(), fit // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    fit = int(0.8 * memory / 1e9) // processes
+    return max(1, min(cores_here(), fit))
 
 
 def cores_here() -> int:
     """Cores of this process's share of the machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def meet() -> tuple[int, int]:
     """Joins the other processes of torchrun -> rank, their number."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:
         import torch.distributed as dist
         dist.init_process_group("gloo", timeout=timedelta(days=7))
@@ -1351,7 +1383,8 @@ def policies(cfg: Config) -> list[Tested]:
         for i, folder in enumerate(folders):
             folder = policy_folder(folder)
             name = f"{arm}_{i}" if len(folders) > 1 else arm
-            out = Path(cfg.out) if len(arms) == len(folders) == 1 else Path(cfg.out) / name
+            alone = len(arms) == len(folders) == 1
+            out = Path(cfg.out) if alone else Path(cfg.out) / name
             spec = load_manifest(str(folder), cfg)
             sums = folder / "SHA256SUMS"
             text = sums.read_text() if sums.exists() else "\n".join(file_sums(folder))
@@ -1409,7 +1442,8 @@ def replayed(cfg: Config) -> Tested:
     if missing := [task for task in cfg.tasks if not counts[task]]:
         fail(f"--check replay: '{cfg.data}/{name}' has no successful episode of '{missing[0]}', "
              f"only of {', '.join(counts)}")
-    checksum = hashlib.sha256(b"".join(x.tobytes() for x in recorded.values())).hexdigest()[:16]
+    content = b"".join(actions.tobytes() for actions in recorded.values())
+    checksum = hashlib.sha256(content).hexdigest()[:16]
     return Tested("replay", f"{cfg.data}/{name}", Path(cfg.out),
                   {"camera": camera, "views": [camera]}, checksum, instructions(cfg), recorded)
 
@@ -1437,7 +1471,8 @@ def load_manifest(policy: str, cfg: Config) -> dict:
     """read_manifest, with "camera", "views", its N cameras, and "source_size", the side of the
     pictures that it learned from. Exits with the two values where it does not fit the world or the
     settings."""
-    folder, world, prefix = Path(policy), find_world(cfg.world), dataset_name(cfg.world, "")
+    folder, world = Path(policy), find_world(cfg.world)
+    prefix = dataset_name(cfg.world, "")
     spec = read_manifest(folder)
     for key in ("action_dim", "state_dim"):
         if spec.get(key) != getattr(world, key):
@@ -1496,27 +1531,29 @@ def begin(cfg: Config, tested: list[Tested]) -> dict[tuple, dict]:
     now = json.loads(json.dumps(now))
     if cfg.resume and path.exists():
         was = json.loads(path.read_text())
-        differ = [f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in {**was, **now}
-                  if was.get(key) != now.get(key)]
+        values = {key: (was.get(key), now.get(key)) for key in {**was, **now}}
+        differ = [f"{key} was {before!r}, is {here!r}" for key, (before, here) in values.items()
+                  if before != here]
         if differ:
             fail(f"--resume: '{out}' is of another evaluation: {'; '.join(differ)}; remove it, or "
                  f"give another --out")
         done = read_episodes(out)
-    elif list(out.glob("episodes_*.jsonl")) and not (tested[-1].out / "results.json").exists():
+    elif any(out.glob("episodes_*.jsonl")) and not (tested[-1].out / "results.json").exists():
         fail(f"'{out}' holds an evaluation that did not end; --resume goes on with it, or remove "
              f"it")
     barrier()                                               # all have read
     if int(os.environ.get("RANK", 0)) == 0:
-        if not done:
-            for log in out.glob("episodes_*.jsonl"):
-                log.unlink()
-        write_json(path, now)
-        for one in tested:
-            one.out.mkdir(parents=True, exist_ok=True)
-            for path in [one.out / "results.json", *one.out.glob("*.gif")] if not done else []:
-                path.unlink(missing_ok=True)
         if done:
             print(f"{len(done)} episodes are in '{out}' already")
+        else:
+            old = list(out.glob("episodes_*.jsonl"))
+            for one in tested:
+                old += [one.out / "results.json", *one.out.glob("*.gif")]
+            for file in old:
+                file.unlink(missing_ok=True)
+        for one in tested:
+            one.out.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
     barrier()
     return done
 
@@ -1543,7 +1580,8 @@ def write_video(path: Path, frames: list, result: dict, sentence: str):
     outcome = "success" if result["success"] else "failure"
     told, images = textwrap.fill(sentence, 26), []
     for i, frame in enumerate(frames):
-        text = f"{told}\nstep {min(FILM * i, result['steps'])}, {outcome}"
+        step = min(FILM * i, result["steps"])
+        text = f"{told}\nstep {step}, {outcome}"
         image = Image.fromarray(frame)
         ImageDraw.Draw(image).multiline_text((4, 3), text, fill=(255, 255, 255), stroke_width=1,
                                              stroke_fill=(0, 0, 0))
@@ -1612,8 +1650,9 @@ def check_comparable(found: dict[str, list[dict]]):
     for name, run in named[1:]:
         pairs = {"tasks": (list(run["tasks"]), list(one["tasks"])),
                  "environment seeds": (run["seeds"], one["seeds"])}
-        pairs |= {f"--{key.replace('_', '-')}": (run["config"].get(key), one["config"].get(key))
-                  for key in ("world", "episodes", "max_steps", "stock", "distract")}
+        for key in ("world", "episodes", "max_steps", "stock", "distract"):
+            option = f"--{key.replace('_', '-')}"
+            pairs[option] = run["config"].get(key), one["config"].get(key)
         for what, (here, there) in pairs.items():
             if here != there:
                 fail(f"evaluations of other episodes: {what} of '{name}' is {here}, of '{first}' "
@@ -1635,12 +1674,13 @@ def tabulate(found: dict[str, list[dict]]) -> dict:
     `between_seeds` is the deviation of training seeds' rates, `of_episodes` the standard error of
     the rate from the choice of episodes alone. None: no episode has ended that would tell.
     """
-    success = {name: np.stack([outcomes(run) for run in runs]) for name, runs in found.items()}
+    success = {name: np.stack(list(map(outcomes, runs))) for name, runs in found.items()}
     drawn, base, table = bootstrap(success), next(iter(found)), {}
     for name, x in success.items():
         runs, rows = found[name], {}
         for i, task in enumerate(runs[0]["tasks"]):
-            rows[task] = row = row_of(x if task == "all" else x[:, i], drawn[name][:, i])
+            mine = x if task == "all" else x[:, i]
+            rows[task] = row = row_of(mine, drawn[name][:, i])
             if name != base:
                 rate, other = row["rate"], table[base]["tasks"][task]["rate"]
                 less = drawn[name][:, i] - drawn[base][:, i]
@@ -1658,14 +1698,15 @@ def tabulate(found: dict[str, list[dict]]) -> dict:
 def row_of(success: np.ndarray, drawn: np.ndarray) -> dict:
     """Successes of (R, .., E), their rate and its interval; drawn: rates of the bootstrap."""
     runs, ended = len(success), int(np.isfinite(success).sum())
-    row = dict(successes=int(np.nansum(success)), episodes=ended, rate=None, low=None, high=None)
+    successes = int(np.nansum(success))
+    counts = {"successes": successes, "episodes": ended}
     if not ended:
-        return row
-    low, high = wilson(row["successes"] / runs, ended / runs)
+        return {**counts, "rate": None, "low": None, "high": None}
+    low, high = wilson(successes / runs, ended / runs)
     if runs > 1:
         widest = np.nanquantile(drawn, [0.025, 0.975]).clip(0, 1)
         low, high = min(low, widest[0]), max(high, widest[1])
-    return {**row, "rate": row["successes"] / ended, "low": low, "high": high}
+    return {**counts, "rate": successes / ended, "low": low, "high": high}
 
 
 def outcomes(run: dict) -> np.ndarray:
@@ -1677,12 +1718,14 @@ def outcomes(run: dict) -> np.ndarray:
         mine.sort(key=lambda e: e["seed"])
         rows.append([e.get("success", math.nan) for e in mine])
     longest = max(map(len, rows))
-    return np.array([row + [math.nan] * (longest - len(row)) for row in rows], float)
+    missing = [[math.nan] * (longest - len(row)) for row in rows]
+    return np.array([row + rest for row, rest in zip(rows, missing)], float)
 
 
 def rates(success: np.ndarray) -> np.ndarray:
     """(R, T, E) -> success of each task, and of all episodes, (T + 1,); NaN where none ended."""
-    ended, successes = np.isfinite(success).sum((0, 2)), np.nansum(success, (0, 2))
+    ended = np.isfinite(success).sum((0, 2))
+    successes = np.nansum(success, (0, 2))
     ended, successes = (np.append(x, x.sum()) for x in (ended, successes))
     return np.where(ended > 0, successes / np.maximum(1, ended), math.nan)
 
@@ -1698,8 +1741,9 @@ def bootstrap(success: dict[str, np.ndarray], draws: int = 1000) -> dict[str, np
             some = x[rng.integers(len(x), size=len(x))]
             drawn[name].append(rates(np.take_along_axis(some, columns, 2)))
     for name, x in success.items():
-        spread = math.sqrt(len(x) / (len(x) - 1)) if len(x) > 1 else 1
-        drawn[name] = rates(x) + spread * (np.array(drawn[name]) - rates(x))
+        runs, mean = len(x), rates(x)
+        spread = math.sqrt(runs / (runs - 1)) if runs > 1 else 1
+        drawn[name] = mean + spread * (np.array(drawn[name]) - mean)
     return drawn
 
 
@@ -1710,7 +1754,8 @@ def error_of_episodes(success: np.ndarray) -> float | None:
     several = mean[np.isfinite(mean).sum(1) > 1]
     if not len(several):
         return None
-    return float(np.sqrt(np.nanvar(several, 1, ddof=1).mean() / np.isfinite(mean).sum()))
+    variance = np.nanvar(several, 1, ddof=1).mean()
+    return math.sqrt(variance / np.isfinite(mean).sum())
 
 
 def facts_of(run: dict) -> dict:
@@ -1730,13 +1775,16 @@ def lines_of(table: dict, found: dict[str, list[dict]]) -> list[str]:
     """The table as text, a column an arm; then what crashed, and which episodes these are."""
     rows = cells_of(table)
     widths = [max(map(len, column)) + 2 for column in zip(*rows)]
-    lines = ["".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows]
-    lines += [f"crashed in {name}: {task} at seed {seed}"
-              for name, arm in table.items() for task, seed in arm["crashed"]]
-    one, *_ = next(iter(found.values()))
-    (first, last), config = one["seeds"], one["config"]
+    rows = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in rows]
+    lines = ["".join(row).rstrip() for row in rows]
+    for name, arm in table.items():
+        lines += [f"crashed in {name}: {task} at seed {seed}" for task, seed in arm["crashed"]]
+    one = next(iter(found.values()))[0]
+    first, last = one["seeds"]
+    config = one["config"]
     distract = f", --distract {config['distract']}" if config["distract"] else ""
-    if len(found) > 1 and all(len(runs) == 1 for runs in found.values()):
+    seeds = max(len(runs) for runs in found.values())
+    if len(found) > 1 and seeds == 1:
         lines += ["one training seed an arm: no interval says what another training would give"]
     return [*lines, f"environment seeds {first} to {last}, at most {config['max_steps']} steps"
                     f"{distract}"]
@@ -1744,7 +1792,8 @@ def lines_of(table: dict, found: dict[str, list[dict]]) -> list[str]:
 
 def cells_of(table: dict) -> list[list[str]]:
     arms = list(table.values())
-    tasks, runs = arms[0]["tasks"], [arm["runs"][0] for arm in arms]
+    tasks = arms[0]["tasks"]
+    runs = [arm["runs"][0] for arm in arms]
     rows = [["success rate [95% interval]", *table]]
     for task in tasks:
         cells = [estimate(*map(arm["tasks"][task].get, ("rate", "low", "high"))) for arm in arms]
@@ -1754,22 +1803,26 @@ def cells_of(table: dict) -> list[list[str]]:
         cells = [estimate(*difference, sign="+") for difference in less]
         rows.append([f"all, less {next(iter(table))}", "", *cells])
     errors = [arm["of_episodes"] for arm in arms]
-    rows.append(["standard error, episodes", *["" if x is None else f"{x:.3f}" for x in errors]])
+    rows.append(["standard error, episodes", *texts_of(errors, ".3f")])
     if any(len(arm["runs"]) > 1 for arm in arms):
-        each = [" ".join(f"{rate:.2f}" for rate in arm["training_seeds"]) for arm in arms]
+        each = [" ".join(texts_of(arm["training_seeds"], ".2f")) for arm in arms]
         spread = [arm["between_seeds"] for arm in arms]
         rows.append(["training seeds, all", *each])
-        rows.append(["deviation between them", *["" if x is None else f"{x:.3f}" for x in spread]])
+        rows.append(["deviation between them", *texts_of(spread, ".3f")])
     if any(run["chunk"] for run in runs):
-        decay = ["none" if run["ensemble"] is None else f"{run['ensemble']:g}" for run in runs]
-        rows.append(["actions executed of a chunk",
-                     *[f"{run['executed']} of {run['chunk']}" for run in runs]])
-        rows.append(["ensembling", *decay])
+        executed = [f"{run['executed']} of {run['chunk']}" for run in runs]
+        decay = [run["ensemble"] for run in runs]
+        rows.append(["actions executed of a chunk", *executed])
+        rows.append(["ensembling", *texts_of(decay, "g", "none")])
     if any(run["check"] for run in runs):
         rows.append(["check", *[run["check"] or "none" for run in runs]])
     if any(arm["crashed"] for arm in arms):
         rows.append(["crashed, not counted", *[str(len(arm["crashed"])) for arm in arms]])
     return rows
+
+
+def texts_of(numbers: list, form: str, none: str = "") -> list[str]:
+    return [none if x is None else format(x, form) for x in numbers]
 
 
 def estimate(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
@@ -1807,18 +1860,20 @@ def plot_success(table: dict, found: dict):
     """Success with 95% intervals"""
     from matplotlib.figure import Figure
     tasks = list(next(iter(table.values()))["tasks"])
-    figure = Figure(figsize=(max(6, 0.4 * len(tasks) * (1 + len(table))), 3.5))
+    inches = 0.4 * len(tasks) * (1 + len(table))
+    figure = Figure(figsize=(max(6, inches), 3.5))
     axes, width, numbers = figure.subplots(), 0.8 / len(table), {}
     for i, (name, arm) in enumerate(table.items()):
         rows = [arm["tasks"][task] for task in tasks]
-        rate, low, high = (np.array([row[key] for row in rows], float)      # of None: NaN, no bar
-                           for key in ("rate", "low", "high"))
-        axes.bar(np.arange(len(tasks)) + i * width, rate, width, label=name, capsize=2,
+        values = [(row["rate"], row["low"], row["high"]) for row in rows]
+        numbers[name] = dict(zip(tasks, values))
+        rate, low, high = np.array(values, float).T         # of None: NaN, which has no bar
+        places = np.arange(len(tasks)) + i * width
+        axes.bar(places, rate, width, label=name, capsize=2,
                  yerr=np.maximum(0, [rate - low, high - rate]))
-        numbers[name] = {task: [row["rate"], row["low"], row["high"]]
-                         for task, row in zip(tasks, rows)}
     axes.set(ylim=(0, 1), ylabel="success")
-    axes.set_xticks(np.arange(len(tasks)) + 0.4 - width / 2, tasks, rotation=30, ha="right")
+    middle = np.arange(len(tasks)) + 0.4 - width / 2
+    axes.set_xticks(middle, tasks, rotation=30, ha="right")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure, numbers
 

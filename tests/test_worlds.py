@@ -200,7 +200,7 @@ def test_an_interrupted_recording_goes_on(tmp_path, monkeypatch, capsys):
     cfg = dict(record=True, episodes=6, tasks=tuple(TASKS))
 
     def go(name, **options):
-        def fails(task, seed):                              # the first start of each, one all of them
+        def fails(task, seed):                              # first starts, and all of one job's
             return seed < 6 or seed % 6 == 2
         monkeypatch.setattr(rollout, "run_episodes", fake_episodes(fails, **options))
         roll(**cfg, data=str(tmp_path / name))
