@@ -44,10 +44,8 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import cache, cached_property, partial
 from multiprocessing import get_context, parent_process
@@ -86,7 +84,7 @@ class Config:
 
     # evaluation
     policy: tuple[str, ...] = ()            # folders, or NAME=FOLDER[,FOLDER...]; none: stage 3's
-    out: str = "runs/rollout"               # where results and videos go
+    out: str = ""                           # where results go; none: runs/rollout, runs/compare
     replan: int = 0                         # actions executed of each predicted chunk; 0: all
     ensemble: float | None = None           # averages overlapping chunks; how their weights decay
     check: Literal["", "scrambled", "blind", "replay"] = ""     # told wrongly, black, recorded
@@ -197,8 +195,9 @@ class MetaWorld(World):
         return self.observation[:4].astype(np.float32)
 
     def image(self, size: int, camera: str) -> np.ndarray:
-        x = self.render(size, camera).reshape(size, self.scale, size, self.scale, 3).mean((1, 3))
-        return np.ascontiguousarray(x.round().astype(np.uint8))
+        x, n = self.render(size, camera), self.scale
+        parts = [x[i::n, j::n] for i, j in np.ndindex(n, n)]            # of each averaged square
+        return np.mean(parts, 0).round().astype(np.uint8)
 
     def background(self, size: int, camera: str) -> np.ndarray:
         from mujoco import mjtObj
@@ -251,7 +250,8 @@ class Distraction:
         waves = np.sin(self.phase + 2 * np.pi * step / self.period)
         walks = self.level * waves.mean(1)                  # smooth, within -level..level
         x = self.paint(image, background, step)
-        shake = np.c_[np.eye(2), walks[:2] / 16 * len(x)]
+        moved = walks[:2] / 16 * len(x)                     # pixels
+        shake = np.c_[np.eye(2), moved]
         x = cv2.warpAffine(x, shake, x.shape[:2], borderMode=cv2.BORDER_REPLICATE)
         contrast, brightness, *tint = 1 + 0.2 * walks[2:]
         x = (128 + (x - 128) * contrast) * brightness * tint
@@ -264,10 +264,12 @@ class Distraction:
         centers = np.abs((self.start + self.velocity * step) % 2 - 1)
         for i, center in enumerate(centers):
             away = grid - center[:, None, None]
-            inside = np.exp(-((away / self.radius[i]) ** 2).sum(0) ** 2)
-            texture = 0.7 + 0.3 * np.sin(np.tensordot(self.stripes[i], away, 1))
+            distance = ((away / self.radius[i]) ** 2).sum(0)
+            inside = np.exp(-distance ** 2)
+            waves = np.sin(np.tensordot(self.stripes[i], away, 1))
+            color = (0.7 + 0.3 * waves[..., None]) * self.color[i]
             opacity = 0.8 * self.level * inside * background
-            x += opacity[..., None] * (texture[..., None] * self.color[i] - x)
+            x += opacity[..., None] * (color - x)
         return x
 
 
@@ -303,31 +305,46 @@ def view(world: World, camera: str, size: int, distraction: Distraction, step: i
 
 # ------------------------------------------------------------ evaluation
 def episode(task: str, seed: int, cfg: Config, spec: dict, filmed: bool, recorded=None):
-    """One closed-loop episode, a generator: it yields what the policy is to see (images uint8
-    (N, S, S, 3), state float32 (Ds,), noise float32 (C, A)), is sent a chunk of actions (C, A), and
-    returns the result; if filmed also frames at 160 px, one every FILM steps and the last.
+    """One closed-loop episode, a generator as Plan.action, which returns the result; if filmed also
+    frames at 160 px, one every FILM steps and the last.
 
     spec: of load_manifest. recorded: actions (T, A) to execute instead of a policy's.
     """
-    world, rng = world_at(cfg.world, task, cfg.stock), np.random.default_rng(seed)
-    distractions = distractions_of(task, seed, spec["views"], cfg)
-    film = partial(view, world, spec["camera"], 160, distractions[spec["camera"]])
-    chunks, limit = {}, cfg.max_steps                       # chunks: {first step: actions (C, A)}
-    if recorded is not None:
-        chunks, limit = {0: recorded}, len(recorded)
+    world = world_at(cfg.world, task, cfg.stock)
+    plan = Plan(world, task, seed, cfg, spec, np.random.default_rng(seed))
+    film = partial(view, world, spec["camera"], 160, plan.distractions[spec["camera"]])
+    limit = cfg.max_steps if recorded is None else len(recorded)
     frames, success, steps = [], False, 0
     world.reset(seed)
     while steps < limit and not success and not world.over:
-        if recorded is None and steps % (cfg.replan or spec["chunk"]) == 0:
-            noise = rng.standard_normal((spec["chunk"], spec["action_dim"]), np.float32)
-            chunks[steps] = yield look(world, cfg, spec, distractions, steps), world.state, noise
+        action = (yield from plan.action(steps)) if recorded is None else recorded[steps]
         if filmed and steps % FILM == 0:
             frames.append(film(steps))
-        _, success = world.step(blended(chunks, steps, cfg.ensemble))
+        _, success = world.step(action)
         steps += 1
     if filmed:
         frames.append(film(steps))
     return dict(task=task, seed=seed, success=success, steps=steps, frames=frames)
+
+
+class Plan:
+    """A policy's actions in an episode. chunks: {first step: actions (C, A)}, what it has said."""
+
+    def __init__(self, world: World, task: str, seed: int, cfg: Config, spec: dict, rng):
+        self.world, self.cfg, self.spec, self.rng = world, cfg, spec, rng
+        self.distractions = distractions_of(task, seed, spec["views"], cfg)
+        self.chunks = {}
+
+    def action(self, step: int):
+        """-> the action (A,) of a step. A generator: where a chunk is due it yields what the policy
+        is to see (images uint8 (N, S, S, 3), state float32 (Ds,), noise float32 (C, A)), and is
+        sent the chunk (C, A)."""
+        length, width = self.spec["chunk"], self.spec["action_dim"]
+        if step % (self.cfg.replan or length) == 0:
+            noise = self.rng.standard_normal((length, width), np.float32)
+            images = look(self.world, self.cfg, self.spec, self.distractions, step)
+            self.chunks[step] = yield images, self.world.state, noise
+        return blended(self.chunks, step, self.cfg.ensemble)
 
 
 def look(world: World, cfg: Config, spec: dict, distractions: dict, step: int) -> np.ndarray:
@@ -346,8 +363,10 @@ def blended(chunks: dict[int, np.ndarray], step: int, decay: float | None) -> np
     if decay is None:
         first = max(chunks)
         return chunks[first][step - first]
-    plans = [chunk[step - first] for first, chunk in chunks.items() if step - first < len(chunk)]
-    return np.average(plans, 0, np.exp(-decay * np.arange(len(plans))))
+    places = [(chunk, step - first) for first, chunk in chunks.items()]
+    plans = [chunk[place] for chunk, place in places if place < len(chunk)]
+    weights = np.exp(-decay * np.arange(len(plans)))
+    return np.average(plans, 0, weights)
 
 
 @dataclass
@@ -365,8 +384,17 @@ class Tested:
     def tokens(self) -> dict[str, tuple]:
         return tokenize(self.folder, self.spec, self.told)
 
+    def answer(self, shown: dict[tuple, tuple]) -> dict[tuple, np.ndarray]:
+        """{(.., task, seed): what Plan.action yields} -> {the same: chunk (C, A)}; of none it only
+        loads the policy."""
+        if not shown:
+            policy_at(self.folder), self.tokens
+            return {}
+        chunks = self.act([key[1] for key in shown], list(shown.values()))
+        return dict(zip(shown, chunks))
+
     def act(self, tasks: list[str], seen: list[tuple]) -> np.ndarray:
-        """What the policy does in n episodes of these tasks, which show what episode() yields:
+        """What the policy does in n episodes of these tasks, which show what Plan.action yields:
         chunks (n, C, A)."""
         import torch
         policy, device = policy_at(self.folder)
@@ -390,7 +418,8 @@ def as_loaded(image: np.ndarray, spec: dict) -> np.ndarray:
         import torch
         x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
         x = torch.nn.functional.interpolate(x, (size, size), mode="bilinear", antialias=True)
-        return x[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy()
+        x = x[0].permute(1, 2, 0).round().clamp(0, 255)
+        return x.to(torch.uint8).numpy()
     shrinks = image.shape[0] >= 2 * size
     how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(image, (size, size), interpolation=how)
@@ -411,7 +440,8 @@ def evaluate(cfg: Config):
     mine = dict(list(jobs.items())[rank::processes])
     with (out / f"episodes_{rank}.jsonl").open("a") as log:
         log.write("\n" if done else "")                     # the last line may be torn
-        for key, result in run_episodes(mine, partial(ask, tested), workers_here(cfg), not done):
+        found = run_episodes(mine, partial(ask, tested), workers_here(cfg), new=not done)
+        for key, result in found:
             one = tested[key[0]]
             if frames := result.pop("frames", None):
                 path = one.out / f"{result['task']}.gif"
@@ -422,25 +452,27 @@ def evaluate(cfg: Config):
     if rank == 0:
         results = read_episodes(out)
         for number, one in enumerate(tested):
-            summarize([r for key, r in results.items() if key[0] == number], one, cfg)
+            its = [result for key, result in results.items() if key[0] == number]
+            summarize(its, one, cfg)
         arms = {one.arm: [x.out for x in tested if x.arm == one.arm] for one in tested}
         table = report(arms, cfg)
-        if cfg.check == "replay" and table["replay"]["tasks"]["all"]["rate"] < 0.95:
+        ended = table[tested[0].arm]["tasks"]["all"]
+        if cfg.check == "replay" and ended["successes"] < 0.95 * max(1, ended["episodes"]):
             fail(f"recorded actions do not succeed again in 95% of the episodes: this simulator is "
                  f"not the one that '{tested[0].folder}' was recorded in")
 
 
 def ask(tested: list[Tested], shown: dict[tuple, tuple]) -> dict[tuple, np.ndarray]:
-    """{(number of the policy, task, seed): what episode() yielded} -> {the same: chunk (C, A)}"""
+    """{(number of the policy, task, seed): what it is to see} -> {the same: chunk (C, A)}"""
     chunks = {}
     for number, one in enumerate(tested):
-        if keys := [key for key in shown if key[0] == number]:
-            chunks |= zip(keys, one.act([key[1] for key in keys], [shown[key] for key in keys]))
+        its = {key: seen for key, seen in shown.items() if key[0] == number}
+        chunks |= one.answer(its) if one.recorded is None else {}
     return chunks
 
 
 def jobs_of(tested: list[Tested], cfg: Config) -> dict[tuple, tuple]:
-    """{(number of the policy, task, seed): arguments of episode()}; of each task the first is
+    """{(number of the policy, task, seed): job of run_episodes}; of each task the first is
     filmed."""
     first, jobs = EVALUATION + cfg.seed * SEEDS, {}
     seeds = range(first, first + cfg.episodes)
@@ -448,7 +480,8 @@ def jobs_of(tested: list[Tested], cfg: Config) -> dict[tuple, tuple]:
         filmed = set()
         for task, seed in one.recorded or [(task, seed) for seed in seeds for task in cfg.tasks]:
             actions = one.recorded and one.recorded[task, seed]
-            jobs[number, task, seed] = task, seed, cfg, one.spec, task not in filmed, actions
+            job = episode, task, seed, cfg, one.spec, task not in filmed, actions
+            jobs[number, task, seed] = job
             filmed.add(task)
     return jobs
 
@@ -456,9 +489,9 @@ def jobs_of(tested: list[Tested], cfg: Config) -> dict[tuple, tuple]:
 def instructions(cfg: Config) -> dict[str, str]:
     """{task: sentence for the policy}; with --check scrambled each has that of the next."""
     shift = 1 if cfg.check == "scrambled" else 0
+    others = cfg.tasks[shift:] + cfg.tasks[:shift]
     sentences = sentences_of(cfg)
-    return {task: sentences[other]
-            for task, other in zip(cfg.tasks, cfg.tasks[shift:] + cfg.tasks[:shift])}
+    return {task: sentences[other] for task, other in zip(cfg.tasks, others)}
 
 
 def summarize(results: list[dict], one: Tested, cfg: Config):
@@ -469,8 +502,8 @@ def summarize(results: list[dict], one: Tested, cfg: Config):
     for task in [*cfg.tasks, "all"]:
         mine = [r["success"] for r in ended if task in (r["task"], "all")]
         low, high = wilson(sum(mine), len(mine))
-        table[task] = dict(successes=sum(mine), episodes=len(mine), low=low, high=high,
-                           rate=sum(mine) / max(1, len(mine)))
+        rate = sum(mine) / len(mine) if mine else None
+        table[task] = dict(successes=sum(mine), episodes=len(mine), low=low, high=high, rate=rate)
     seeds = [r["seed"] for r in results]
     write_json(one.out / "results.json", {
         "tasks": table, "policy": one.folder, "policy_manifest": one.spec, "config": asdict(cfg),
@@ -484,33 +517,26 @@ def wilson(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
         return 0.0, 1.0
     p, d = successes / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / d
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
+    variance = p * (1 - p) / n + z * z / (4 * n * n)
+    half = z * math.sqrt(variance) / d
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 # ------------------------------------------------------------ recording
-def recorded(task: str, seeds: list[int], cfg: Config, policy: Tested | None) -> dict | None:
-    """The first successful episode of several seeds, or any with --keep all. policy: instead of the
-    scripted expert."""
-    for seed in seeds:
-        episode = recorded_episode(task, seed, cfg, policy)
-        if episode["success"] or cfg.keep == "all":
-            return episode
-    return None
-
-
-def recorded_episode(task: str, seed: int, cfg: Config, policy: Tested | None) -> dict:
-    """One episode of the scripted expert, or of a policy, under a slow random push. `action`, the
-    label, is what was commanded; `executed_action` what was done. Pictures are PNG."""
+def recorded_episode(task: str, seed: int, cfg: Config, spec: dict | None):
+    """One episode of the scripted expert, or of the policy of `spec`, under a slow random push: a
+    generator as Plan.action. `action`, the label, is what was commanded; `executed_action` what was
+    done. Pictures are PNG. A failure has no steps, unless --keep all."""
     world, rng = world_at(cfg.world, task, cfg.stock), np.random.default_rng(seed)
-    command = Pilot(world, task, seed, cfg, policy) if policy else world.expert
+    policy_rng = np.random.default_rng((seed, 1))
+    plan = spec and Plan(world, task, seed, cfg, spec, policy_rng)
     distractions = distractions_of(task, seed, cfg.camera, cfg)
     push, steps, finished = np.zeros(world.action_dim), [], None
     world.reset(seed)
     while len(steps) < cfg.max_steps and not world.over:
         draw = rng.standard_normal(world.action_dim) * world.pushed
         push = 0.9 * push + cfg.noise * math.sqrt(1 - 0.9 ** 2) * draw
-        action = command()
+        action = (yield from plan.action(len(steps))) if plan else world.expert()
         executed = np.clip(action + push, world.low, world.high)
         pictures = [png_of(view(world, camera, cfg.image_size, distraction, len(steps)))
                     for camera, distraction in distractions.items()]
@@ -521,34 +547,17 @@ def recorded_episode(task: str, seed: int, cfg: Config, policy: Tested | None) -
             finished = len(steps)
         if finished is not None and len(steps) >= finished + 5:         # a few frames of the end
             break
+    if finished is None and cfg.keep == "successes":
+        return {}
     names = "pictures", "state", "action", "executed_action", "reward"
-    episode = {**dict(zip(names, zip(*steps))), "seed": seed, "success": finished is not None}
+    episode = dict(zip(names, zip(*steps)))
     images, *further = zip(*episode.pop("pictures"))
-    return {**episode, "images": images, "further": dict(zip(cfg.camera[1:], further))}
+    episode |= {"images": images, "further": dict(zip(cfg.camera[1:], further))}
+    return {**episode, "seed": seed, "success": finished is not None}
 
 
 def png_of(image: np.ndarray) -> bytes:
     return iio.imwrite("<bytes>", image, extension=".png", compress_level=3)
-
-
-class Pilot:
-    """A policy that acts, in a worker: () -> the next action of its chunk, (A,)."""
-
-    def __init__(self, world: World, task: str, seed: int, cfg: Config, policy: Tested):
-        self.world, self.task, self.cfg, self.policy = world, task, cfg, policy
-        self.rng = np.random.default_rng((seed, 1))
-        self.distractions = distractions_of(task, seed, policy.spec["views"], cfg)
-        self.queue, self.steps = [], 0
-
-    def __call__(self) -> np.ndarray:
-        spec = self.policy.spec
-        if not self.queue:
-            image = look(self.world, self.cfg, spec, self.distractions, self.steps)
-            noise = self.rng.standard_normal((spec["chunk"], spec["action_dim"]), np.float32)
-            chunk, = self.policy.act([self.task], [(image, self.world.state, noise)])
-            self.queue = list(chunk[:self.cfg.replan or None])
-        self.steps += 1
-        return self.queue.pop(0)
 
 
 def record(cfg: Config):
@@ -561,17 +570,17 @@ def record(cfg: Config):
     cfg.camera = cfg.camera or (policy.spec["camera"],)
     name = dataset_name(cfg.world, cfg.camera[0], cfg.distract)
     told = {"success": "episode_metadata/success"} if cfg.keep == "all" else {}
-    entry = Entry(frame=f"{cfg.image_size}x{cfg.image_size} png", **world.entry, **told)
-    first, tries = cfg.seed * SEEDS, 1 if cfg.keep == "all" else TRIES
-    block = range(first, first + SEEDS)
-    jobs = [(recorded, task, list(block[i::cfg.episodes][:tries]), cfg, policy)
-            for i in range(cfg.episodes) for task in cfg.tasks]
+    frame = f"{cfg.image_size}x{cfg.image_size} png"
+    entry = Entry(frame=frame, **world.entry, **told)
+    tries = 1 if cfg.keep == "all" else TRIES
+    block = range(cfg.seed * SEEDS, (cfg.seed + 1) * SEEDS)
+    starts = [(task, block[i::cfg.episodes][:tries])
+              for i in range(cfg.episodes) for task in cfg.tasks]
     steps, began = 0, time.time()
     with EpisodeWriter(cfg.data, name, entry, cfg.image_size, cfg.camera[1:],
                        recording_settings(cfg, policy)) as writer:
-        left, tally = what_is_left(jobs, writer.kept, cfg.tasks)
-        found = run_jobs(left, workers_here(cfg, policy), "record")
-        for (_, task, seeds, *_), episode in zip(left, found):
+        left, tally = what_is_left(starts, writer.kept, cfg.tasks)
+        for task, seeds, episode in record_episodes(left, tally, policy, cfg, not writer.kept):
             tally[task].count(episode, seeds)
             if episode is None:
                 print(f"rollout: {who(cfg)} failed at '{task}' with all of the {len(seeds)} seeds "
@@ -581,9 +590,39 @@ def record(cfg: Config):
             writer.add(**episode, instruction=sentences[task], task=task,
                        file_path=f"{cfg.world}/{task}/{episode['seed']}")
         tell_rates(tally, cfg)
-    count, tried = (sum(getattr(t, key) for t in tally.values()) for key in ("kept", "tried"))
-    print(f"recorded {count} of {len(jobs)} episodes ({tried} tried), {steps} steps in "
+    count = sum(t.kept for t in tally.values())
+    tried = sum(t.tried for t in tally.values())
+    crashed = sum(t.crashed for t in tally.values())
+    how = f"{tried} tried, {crashed} crashed" if crashed else f"{tried} tried"
+    print(f"recorded {count} of {len(starts)} episodes ({how}), {steps} steps in "
           f"{time.time() - began:.0f} s: {cfg.data}/{name}")
+
+
+def record_episodes(starts: list[tuple], tally: dict, policy: Tested | None, cfg: Config,
+                    new: bool):
+    """Yields of (task, seeds), in their order, task, seeds and the episode of the first seed that
+    is to be kept; None: there is none. Counts in `tally` where the simulator crashed."""
+    def job(number: int, seed: int) -> dict:
+        task = starts[number][0]
+        return {(number, task, seed): (recorded_episode, task, seed, cfg, policy and policy.spec)}
+
+    def another(key: tuple, result: dict) -> dict:
+        number, task, seed = key
+        if "crashed" in result:
+            tally[task].crashed += 1
+            print(f"rollout: '{task}' at seed {seed} crashed twice; skipped", file=sys.stderr)
+        kept, seed = "images" in result, seed + cfg.episodes
+        return job(number, seed) if not kept and seed in starts[number][1] else {}
+
+    jobs, ended = {}, {}
+    for number, (_, seeds) in enumerate(starts):
+        jobs |= job(number, seeds[0])
+    found = run_episodes(jobs, policy and policy.answer, workers_here(cfg), "record", new, another)
+    for number, (task, seeds) in enumerate(starts):
+        while number not in ended:
+            key, result = next(found)
+            ended[key[0]] = result if "images" in result else None
+        yield task, seeds, ended.pop(number)
 
 
 # ------------------------------------------------------------ open loop
@@ -598,7 +637,8 @@ def open_loop(cfg: Config):
     spec = read_manifest(folder)
     if len(spec.get("cameras", ())) > 1:
         fail(f"--world {cfg.world} shows one camera, policy '{folder}' sees {spec['cameras']}")
-    name, own = cfg.world.partition("/")[2] or spec["units_of"], spec["config"]
+    name = cfg.world.partition("/")[2] or spec["units_of"]
+    own = spec["config"]
     data = DataConfig(data=cfg.data, mix=name, val_fraction=own["val_fraction"],
                       holdout=own["holdout"], resize=own["resize"], pairs_per_episode=0)
     loader = Loader(data, "val", 32, spec["image_size"], horizon_s=0, chunk=spec["chunk"],
@@ -615,8 +655,10 @@ def open_loop(cfg: Config):
     moves = deviation > 1e-6                                # dimensions that ever change
     errors = {}
     for label, guess in {"policy": predicted, "mean action": mean}.items():
-        squares = (((guess - true)[..., moves] / deviation[moves]) ** 2).mean(-1)   # (N, C)
-        errors[label] = np.sqrt((squares * mask).sum(0) / mask.sum(0)).tolist()
+        away = (guess - true)[..., moves] / deviation[moves]
+        squares = (away ** 2).mean(-1)                      # (N, C)
+        means = (squares * mask).sum(0) / mask.sum(0)
+        errors[label] = np.sqrt(means).tolist()
     number = len({episode for episode, _ in rows})
     print(f"{name}: {len(rows)} steps of {number} held-out episodes\n"
           f"step of the chunk  policy  mean action")
@@ -638,10 +680,11 @@ def predictions(cfg: Config, policy: Tested, loader) -> dict[tuple, tuple]:
         new = {text: text for text in texts if text not in policy.tokens}
         policy.tokens.update(tokenize(policy.folder, policy.spec, new) if new else {})
         noise = rng.standard_normal(shape, np.float32)
-        seen = zip(batch["frames"][:, :1].numpy(), batch["state"].numpy(), noise)
-        chunks = policy.act(texts, list(seen))
+        pictures, state = batch["frames"][:, :1].numpy(), batch["state"].numpy()
+        chunks = policy.act(texts, list(zip(pictures, state, noise)))
         keys = zip(batch["episode"].tolist(), batch["step"].tolist())
-        for key, *row in zip(keys, chunks, batch["actions"].numpy(), batch["action_mask"].numpy()):
+        true, mask = batch["actions"].numpy(), batch["action_mask"].numpy()
+        for key, *row in zip(keys, chunks, true, mask):
             if key in rows or len(episodes | {key[0]}) > cfg.episodes:
                 return dict(sorted(rows.items()))           # the loader has come round, or enough
             episodes.add(key[0])
@@ -658,7 +701,9 @@ def plot_actions(rows: dict, mean: np.ndarray):
                              figsize=(4 * len(episodes), 1.6 * len(mean)))
     for column, episode in zip(axes.T, episodes):
         steps = [step for number, step in rows if number == episode]
-        predicted, true = (np.stack([rows[episode, t][i][0] for t in steps]) for i in (0, 1))
+        chunks = [rows[episode, step] for step in steps]
+        predicted = np.stack([chunk[0] for chunk, _, _ in chunks])
+        true = np.stack([chunk[0] for _, chunk, _ in chunks])
         column[0].set_title(f"episode {episode}", fontsize=8)
         for i, ax in enumerate(column):
             ax.plot(steps, true[:, i], label="true")
@@ -685,15 +730,24 @@ def main(cfg: Config):
 
 
 # ------------------------------------------------------------ a reader may stop here
+OPEN_LOOP = "world", "policy", "data", "out", "episodes", "seed"        # options that it has
+
+
 def check(cfg: Config):
     """Exits where settings do not go together; fills in what the world says of tasks and views."""
+    dataset = cfg.world.partition("/")[0] == "dataset"
+    if dataset and cfg.record:
+        fail(f"--world {cfg.world} is recorded already; --record needs a simulator")
+    given = [field.name for field in fields(cfg) if getattr(cfg, field.name) != field.default]
+    if without := [name for name in given if dataset and name not in OPEN_LOOP]:
+        fail(f"--world {cfg.world} runs no simulator: --{without[0].replace('_', '-')} "
+             f"{getattr(cfg, without[0])} has no meaning there; leave it out")
+    cfg.out = cfg.out or ("runs/compare" if cfg.compare else "runs/rollout")
     if not cfg.record and not cfg.policy:
         cfg.policy = ("runs/finetune/policy",)
     if cfg.noise is None:
         cfg.noise = 0.0 if cfg.policy else 0.2
-    if cfg.world.partition("/")[0] == "dataset":
-        if cfg.record:
-            fail(f"--world {cfg.world} is recorded already; --record needs a simulator")
+    if dataset:
         return
     check_world(cfg)
     if not 0 <= cfg.seed < EVALUATION // SEEDS:
@@ -712,8 +766,8 @@ def check(cfg: Config):
     if min(cfg.replan, cfg.workers, cfg.noise) < 0:
         fail(f"--replan {cfg.replan}, --workers {cfg.workers} and --noise {cfg.noise} must not be "
              f"negative")
-    if cfg.record and (cfg.check or cfg.ensemble is not None):
-        fail("--check and --ensemble are of evaluations; a recorded policy executes its chunks")
+    if cfg.record and cfg.check:
+        fail(f"--check {cfg.check} is of evaluations, not of recordings")
     if cfg.record and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("--record starts its own processes (--workers); run it with python, not torchrun")
 
@@ -765,35 +819,40 @@ class Tally:
     kept: int = 0
     succeeded: int = 0
     tried: int = 0
+    crashed: int = 0
 
-    def count(self, episode: dict | None, seeds: list[int]):
+    def count(self, episode: dict | None, seeds: range):
         """episode: of seeds, one after the other; None: all of them failed."""
         self.tried += seeds.index(episode["seed"]) + 1 if episode else len(seeds)
         self.kept += episode is not None
         self.succeeded += bool(episode and episode["success"])
 
 
-def what_is_left(jobs: list[tuple], kept: list[dict], tasks: tuple) -> tuple[list, dict]:
-    """The jobs that come after the episodes that are there, and {task: Tally} of those before."""
-    there, tally = {(e["task"], e["seed"]): e for e in kept}, {task: Tally() for task in tasks}
-    found = [next((there[task, seed] for seed in seeds if (task, seed) in there), None)
-             for _, task, seeds, *_ in jobs]
+def what_is_left(starts: list[tuple], kept: list[dict], tasks: tuple) -> tuple[list, dict]:
+    """Those of (task, seeds) that come after the episodes that are there, and {task: Tally} of
+    those before."""
+    there = {(e["task"], e["seed"]): e for e in kept}
+    tally = {task: Tally() for task in tasks}
+    found = []
+    for task, seeds in starts:
+        its = [there[task, seed] for seed in seeds if (task, seed) in there]
+        found.append(its[0] if its else None)
     done = max((i + 1 for i, episode in enumerate(found) if episode), default=0)
-    for (_, task, seeds, *_), episode in zip(jobs[:done], found):
+    for (task, seeds), episode in zip(starts[:done], found):
         tally[task].count(episode, seeds)
-    return jobs[done:], tally
+    return starts[done:], tally
 
 
 def tell_rates(tally: dict[str, Tally], cfg: Config):
     """Names the tasks that have fewer episodes than asked for; exits where there is none at all."""
     for task, t in tally.items():
-        rate = f"{who(cfg)} succeeded at {t.succeeded} of {t.tried} starts of '{task}'"
+        told = f"{who(cfg)} succeeded at {t.succeeded} of {t.tried} starts of '{task}'"
         if cfg.keep == "all":
-            print(f"rollout: {rate}")
+            print(f"rollout: {told}")
         elif t.kept < cfg.episodes:
-            print(f"rollout: {rate} ({t.succeeded / t.tried:.2f}), so it has {t.kept} of "
-                  f"{cfg.episodes} episodes; lower --noise {cfg.noise} or leave the task out",
-                  file=sys.stderr)
+            rate = t.succeeded / t.tried
+            print(f"rollout: {told} ({rate:.2f}), so it has {t.kept} of {cfg.episodes} episodes; "
+                  f"lower --noise {cfg.noise} or leave the task out", file=sys.stderr)
     if not any(t.kept for t in tally.values()):
         fail(f"{who(cfg)} succeeded at none of {', '.join(tally)}; lower --noise {cfg.noise}, or "
              f"give --keep all")
@@ -810,15 +869,14 @@ def recorded_policy(cfg: Config) -> Tested | None:
     policy, *more = policies(replace(cfg, camera=()))
     if more:
         fail(f"--record --policy {' '.join(cfg.policy)}: record one policy at a time")
-    open_program(Path(policy.folder) / "policy.pt2")        # faults are told here, not in workers
-    policy.tokens                                           # made here, once
+    policy_at(policy.folder)                                # its faults are told before all else
     return policy
 
 
 def recording_settings(cfg: Config, policy: Tested | None) -> dict:
     """All that recorded episodes depend on."""
     names = ("world", "tasks", "sentence", "episodes", "camera", "max_steps", "stock", "distract",
-             "seed", "image_size", "noise", "keep", "replan", "check")
+             "seed", "image_size", "noise", "keep", "replan", "ensemble")
     return {**{name: getattr(cfg, name) for name in names}, "policy": policy and policy.checksum}
 
 
@@ -887,7 +945,8 @@ class Gymnasium(World):
             action = np.clip(action, self.low, self.high).astype(np.float32)
             self.observation, reward, ended, truncated, info = self.env.step(action)
             self.over = ended or truncated
-            self.last = float(reward), bool(info.get("success", info.get("is_success", False)))
+            success = info.get("success", info.get("is_success", False))
+            self.last = float(reward), bool(success)
         return self.last
 
     def ask(self) -> np.ndarray:
@@ -909,7 +968,8 @@ class Gymnasium(World):
         height, width = x.shape[:2]
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
-        x = np.ascontiguousarray(x[top:top + side, left:left + side])
+        x = x[top:top + side, left:left + side]
+        x = np.ascontiguousarray(x)
         how = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
         return cv2.resize(x, (size, size), interpolation=how)
 
@@ -1024,32 +1084,6 @@ WORLDS = {"metaworld": MetaWorld, "pusht": PushT, "libero": Libero, "MODULE:CLAS
 
 
 # ------------------------------------------------------------ worker processes
-def run_jobs(jobs: list[tuple], workers: int, label: str):
-    """Yields the results of jobs (function, *arguments) in their order. Where a worker dies, what
-    was not yielded runs again in new ones; exits where none was yielded in between."""
-    done, broken_at = 0, 0
-    silent = int(os.environ.get("RANK", 0)) > 0
-    with tqdm(total=len(jobs), desc=label, unit="episode", mininterval=2, disable=silent) as bar:
-        while done < len(jobs):
-            pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker)
-            try:
-                futures = deque(pool.submit(*job) for job in jobs[done:])
-                while futures:                              # which hold their results
-                    result = futures.popleft().result()
-                    done += 1
-                    bar.update()
-                    yield result
-            except BrokenProcessPool:
-                died = f"a simulation process died after {done} of {len(jobs)} episodes, see above"
-                if broken_at == done:
-                    fail(f"{died}; if nothing is, memory may have run out: fewer --workers than "
-                         f"{workers}")
-                bar.write(f"rollout: {died}; going on in new ones", file=sys.stderr)
-                broken_at = done
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-
 ENVIRONMENTS = 3                # episodes that a worker has under way
 WORTH = 5                       # episodes that make up for building a world
 
@@ -1107,7 +1141,8 @@ def simulate(connection):
             if key in running:
                 seen = running[key].send(message)
             else:
-                running[key] = episode(*message)
+                function, *arguments = message
+                running[key] = function(*arguments)
                 seen = next(running[key])
         except StopIteration as end:
             result = end.value
@@ -1115,37 +1150,49 @@ def simulate(connection):
         connection.send((key, seen, result))
 
 
-def run_episodes(jobs: dict[tuple, tuple], act, workers: int, new: bool = True):
-    """Yields (key, result) of episodes as they end. jobs: {(.., task, seed): arguments of episode}.
-    act({key: what episode() yielded}) -> {key: chunk (C, A)}: asked for all that wait, when a
-    worker has nothing else to do.
+def run_episodes(jobs: dict[tuple, tuple], act, workers: int, label: str = "rollout",
+                 new: bool = True, another=None):
+    """Yields (key, result) of episodes as they end. jobs: {(number, task, seed): (generator
+    function as episode(), *arguments)}. act({key: what it yielded}) -> {key: what it is sent}:
+    asked for none while the workers start, then for all that wait when one has nothing else to do.
+
+    another(key, result) -> {key: job} that is to be run in place of what ended so, or {}; jobs then
+    begin by their numbers.
 
     The episodes of a worker that dies run once more, each alone in its worker; one whose worker
-    dies again has the result "crashed": True. Where the first three of a new evaluation do, it
-    exits.
+    dies again has the result "crashed": True. Where the first three of a `new` run do, it exits.
     """
-    queue, again, tries = {}, [], Counter()                 # queue: {task: [key, ...]}
-    for key in jobs:
-        queue.setdefault(key[1], []).append(key)
-    crew, ended, crashed = [Worker() for _ in range(min(workers, len(jobs)))], 0, 0
-    bar = tqdm(total=len(jobs), desc="rollout", unit="episode", mininterval=2,
+    jobs, queue = dict(jobs), Queue(jobs, in_order=another is not None)
+    crew = [Worker() for _ in range(min(workers, len(jobs)))]
+    crashed = 0
+    bar = tqdm(total=len(jobs), desc=label, unit="episode", mininterval=2,
                disable=int(os.environ.get("RANK", 0)) > 0)
     try:
-        while ended < len(jobs):
+        if act and jobs:
+            act({})
+        while jobs:
             for worker in crew:
-                while key := next_episode(worker, crew, queue, again, tries):
+                while key := queue.take(worker, crew):
                     worker.begin(key, jobs[key])
             speak = wait([worker.connection for worker in crew])
             for worker in [worker for worker in crew if worker.connection in speak]:
-                for key, result in heard(worker, crew, again, tries, workers):
-                    ended, crashed = ended + 1, crashed + ("crashed" in result)
-                    if new and crashed == ended == min(3, len(jobs)):
+                for key, result in heard(worker, crew, queue, workers):
+                    del jobs[key]
+                    crashed += "crashed" in result
+                    new = new and "crashed" in result       # nothing else so far
+                    instead = another(key, result) if another else {}
+                    if new and (crashed == 3 or not jobs and not instead):
                         fail(f"no episode has ended, and '{key[1]}' at seed {key[2]} crashed "
                              f"twice, see above")
+                    if instead:
+                        jobs |= instead
+                        queue.put_first(*instead)
+                        continue
                     bar.update()
                     yield key, result
             if any(w.running and len(w.waiting) == len(w.running) for w in crew):
-                chunks = act({key: seen for w in crew for key, seen in w.waiting.items()})
+                shown = {key: seen for w in crew for key, seen in w.waiting.items()}
+                chunks = act(shown)
                 for worker in crew:
                     for key in list(worker.waiting):
                         worker.tell(key, chunks[key])
@@ -1155,7 +1202,7 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int, new: bool = True):
             worker.end()
 
 
-def heard(worker: Worker, crew: list[Worker], again: list, tries: Counter, workers: int):
+def heard(worker: Worker, crew: list[Worker], queue: "Queue", workers: int):
     """Takes in what a worker says; yields what ended, (key, result). A dead one is replaced."""
     if message := worker.hear():
         key, seen, result = message
@@ -1172,37 +1219,60 @@ def heard(worker: Worker, crew: list[Worker], again: list, tries: Counter, worke
         fail(f"a simulation process could not start (exit code {code}), see above; if nothing is, "
              f"memory may have run out: fewer --workers than {workers}")
     crew[crew.index(worker)] = Worker()
-    names = ", ".join(f"{task} at seed {seed}" for _, task, seed in worker.running) or "no episode"
-    tqdm.write(f"rollout: a simulation process died (exit code {code}) in {names}; another one "
-               f"goes on", file=sys.stderr)
+    names = [f"{task} at seed {seed}" for _, task, seed in worker.running]
+    tqdm.write(f"rollout: a simulation process died (exit code {code}) in "
+               f"{', '.join(names) or 'no episode'}; another one goes on", file=sys.stderr)
     for key in worker.running:
-        tries[key] += 1
-        if tries[key] == 1:
-            again.append(key)
+        queue.deaths[key] += 1
+        if queue.deaths[key] == 1:
+            queue.again.append(key)
         else:
             yield key, {"task": key[1], "seed": key[2], "crashed": True}
 
 
-def next_episode(worker: Worker, crew: list[Worker], queue: dict, again: list, tries: Counter):
-    """Takes the episode that a worker begins now from the queue; None: none. A world takes as long
-    to build as some episodes, so a worker goes on with the tasks that it has."""
-    if len(worker.running) == ENVIRONMENTS or any(tries[key] for key in worker.running):
-        return None
-    if again:
-        return None if worker.running else again.pop(0)
-    busy = {key[1] for key in worker.running}
-    left = {task: len(keys) for task, keys in queue.items() if keys and task not in busy}
-    worlds = Counter(task for w in crew for task in w.worlds)
-    share = {task: n / (worlds[task] + (task not in worker.worlds)) for task, n in left.items()}
-    own = [task for task in share if task in worker.worlds]
-    task = max(own or share, key=share.get, default=None)
-    if task is None or not own and worker.running and worlds[task] and share[task] < WORTH:
-        return None
-    return queue[task].pop(0)
+class Queue:
+    """Episodes that have not begun. left: {task: [key, ...]}; again: those to be run alone; deaths:
+    how often each took its process down."""
+
+    def __init__(self, keys, in_order: bool):
+        self.left, self.again, self.deaths, self.in_order = {}, [], Counter(), in_order
+        for key in keys:
+            self.left.setdefault(key[1], []).append(key)
+
+    def put_first(self, key: tuple):
+        self.left[key[1]].insert(0, key)
+
+    def take(self, worker: Worker, crew: list[Worker]) -> tuple | None:
+        """The episode that a worker begins now; None: none."""
+        alone = any(self.deaths[key] for key in worker.running)
+        if alone or len(worker.running) == ENVIRONMENTS:
+            return None
+        if self.again:
+            return None if worker.running else self.again.pop(0)
+        busy = {key[1] for key in worker.running}           # a worker has one world of a task
+        left = {task: keys for task, keys in self.left.items() if keys and task not in busy}
+        if self.in_order:
+            task = min(left, key=lambda task: left[task][0], default=None)
+        else:
+            numbers = {task: len(keys) for task, keys in left.items()}
+            task = self.near(numbers, worker, crew)
+        return self.left[task].pop(0) if task else None
+
+    def near(self, left: dict[str, int], worker: Worker, crew: list[Worker]) -> str | None:
+        """Of tasks with so many episodes left one that the worker has, if there is one: a world
+        takes as long to build as some episodes."""
+        worlds = Counter(task for w in crew for task in w.worlds)
+        own = [task for task in left if task in worker.worlds]
+        sharers = {task: worlds[task] + (task not in own) for task in left}
+        share = {task: number / sharers[task] for task, number in left.items()}
+        task = max(own or share, key=share.get, default=None)
+        if task and not own and worker.running and worlds[task] and share[task] < WORTH:
+            return None
+        return task
 
 
 def start_worker():
-    """Runs once in each worker. A renderer that cannot start ends it, which run_jobs reports."""
+    """Runs once in each worker. A renderer that cannot start ends it, which heard() reports."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is the parent's
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
@@ -1221,28 +1291,29 @@ def end_with_parent():
     os._exit(1)
 
 
-def workers_here(cfg: Config, policy: Tested | None = None) -> int:
-    """--workers, or one a core of this process's share, as long as memory holds them, each with its
-    own copy of `policy`."""
+def workers_here(cfg: Config) -> int:
+    """--workers, or one a core of this process's share, as long as memory holds them."""
     if cfg.workers:
         return cfg.workers
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")               # a job's, where there is one
     if limit.exists() and limit.read_text().strip().isdigit():
         memory = min(memory, int(limit.read_text()))
-    size = (Path(policy.folder) / "policy.pt2").stat().st_size if policy else 0
-    fit = int(0.8 * memory / (1e9 + 2 * size))              # one more while it is loaded
-    return max(1, min(cores_here(), fit // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    fit = int(0.8 * memory / 1e9) // processes
+    return max(1, min(cores_here(), fit))
 
 
 def cores_here() -> int:
     """Cores of this process's share of the machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def meet() -> tuple[int, int]:
     """Joins the other processes of torchrun -> rank, their number."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:
         import torch.distributed as dist
         dist.init_process_group("gloo", timeout=timedelta(days=7))
@@ -1312,7 +1383,8 @@ def policies(cfg: Config) -> list[Tested]:
         for i, folder in enumerate(folders):
             folder = policy_folder(folder)
             name = f"{arm}_{i}" if len(folders) > 1 else arm
-            out = Path(cfg.out) if len(arms) == len(folders) == 1 else Path(cfg.out) / name
+            alone = len(arms) == len(folders) == 1
+            out = Path(cfg.out) if alone else Path(cfg.out) / name
             spec = load_manifest(str(folder), cfg)
             sums = folder / "SHA256SUMS"
             text = sums.read_text() if sums.exists() else "\n".join(file_sums(folder))
@@ -1370,7 +1442,8 @@ def replayed(cfg: Config) -> Tested:
     if missing := [task for task in cfg.tasks if not counts[task]]:
         fail(f"--check replay: '{cfg.data}/{name}' has no successful episode of '{missing[0]}', "
              f"only of {', '.join(counts)}")
-    checksum = hashlib.sha256(b"".join(x.tobytes() for x in recorded.values())).hexdigest()[:16]
+    content = b"".join(actions.tobytes() for actions in recorded.values())
+    checksum = hashlib.sha256(content).hexdigest()[:16]
     return Tested("replay", f"{cfg.data}/{name}", Path(cfg.out),
                   {"camera": camera, "views": [camera]}, checksum, instructions(cfg), recorded)
 
@@ -1398,7 +1471,8 @@ def load_manifest(policy: str, cfg: Config) -> dict:
     """read_manifest, with "camera", "views", its N cameras, and "source_size", the side of the
     pictures that it learned from. Exits with the two values where it does not fit the world or the
     settings."""
-    folder, world, prefix = Path(policy), find_world(cfg.world), dataset_name(cfg.world, "")
+    folder, world = Path(policy), find_world(cfg.world)
+    prefix = dataset_name(cfg.world, "")
     spec = read_manifest(folder)
     for key in ("action_dim", "state_dim"):
         if spec.get(key) != getattr(world, key):
@@ -1457,27 +1531,29 @@ def begin(cfg: Config, tested: list[Tested]) -> dict[tuple, dict]:
     now = json.loads(json.dumps(now))
     if cfg.resume and path.exists():
         was = json.loads(path.read_text())
-        differ = [f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in {**was, **now}
-                  if was.get(key) != now.get(key)]
+        values = {key: (was.get(key), now.get(key)) for key in {**was, **now}}
+        differ = [f"{key} was {before!r}, is {here!r}" for key, (before, here) in values.items()
+                  if before != here]
         if differ:
             fail(f"--resume: '{out}' is of another evaluation: {'; '.join(differ)}; remove it, or "
                  f"give another --out")
         done = read_episodes(out)
-    elif list(out.glob("episodes_*.jsonl")) and not (tested[-1].out / "results.json").exists():
+    elif any(out.glob("episodes_*.jsonl")) and not (tested[-1].out / "results.json").exists():
         fail(f"'{out}' holds an evaluation that did not end; --resume goes on with it, or remove "
              f"it")
     barrier()                                               # all have read
     if int(os.environ.get("RANK", 0)) == 0:
-        if not done:
-            for log in out.glob("episodes_*.jsonl"):
-                log.unlink()
-        write_json(path, now)
-        for one in tested:
-            one.out.mkdir(parents=True, exist_ok=True)
-            for path in [one.out / "results.json", *one.out.glob("*.gif")] if not done else []:
-                path.unlink(missing_ok=True)
         if done:
             print(f"{len(done)} episodes are in '{out}' already")
+        else:
+            old = list(out.glob("episodes_*.jsonl"))
+            for one in tested:
+                old += [one.out / "results.json", *one.out.glob("*.gif")]
+            for file in old:
+                file.unlink(missing_ok=True)
+        for one in tested:
+            one.out.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
     barrier()
     return done
 
@@ -1504,7 +1580,8 @@ def write_video(path: Path, frames: list, result: dict, sentence: str):
     outcome = "success" if result["success"] else "failure"
     told, images = textwrap.fill(sentence, 26), []
     for i, frame in enumerate(frames):
-        text = f"{told}\nstep {min(FILM * i, result['steps'])}, {outcome}"
+        step = min(FILM * i, result["steps"])
+        text = f"{told}\nstep {step}, {outcome}"
         image = Image.fromarray(frame)
         ImageDraw.Draw(image).multiline_text((4, 3), text, fill=(255, 255, 255), stroke_width=1,
                                              stroke_fill=(0, 0, 0))
@@ -1522,7 +1599,10 @@ def write_json(path: Path, value: dict):
 
 # ------------------------------------------------------------ tables, report
 def compare(cfg: Config):
-    """The table and the report of finished evaluations."""
+    """The table and the report of finished evaluations, in a folder of their own."""
+    if (Path(cfg.out) / "evaluation.json").exists():
+        fail(f"--out '{cfg.out}' holds an evaluation, whose report this one would replace; give "
+             f"another folder")
     report(parse_arms(cfg.compare, "--compare"), cfg)
 
 
@@ -1570,8 +1650,9 @@ def check_comparable(found: dict[str, list[dict]]):
     for name, run in named[1:]:
         pairs = {"tasks": (list(run["tasks"]), list(one["tasks"])),
                  "environment seeds": (run["seeds"], one["seeds"])}
-        pairs |= {f"--{key.replace('_', '-')}": (run["config"].get(key), one["config"].get(key))
-                  for key in ("world", "episodes", "max_steps", "stock", "distract")}
+        for key in ("world", "episodes", "max_steps", "stock", "distract"):
+            option = f"--{key.replace('_', '-')}"
+            pairs[option] = run["config"].get(key), one["config"].get(key)
         for what, (here, there) in pairs.items():
             if here != there:
                 fail(f"evaluations of other episodes: {what} of '{name}' is {here}, of '{first}' "
@@ -1591,31 +1672,41 @@ def tabulate(found: dict[str, list[dict]]) -> dict:
     bootstrap that draws training seeds, and episodes of each task, which are the same environment
     seeds for all arms; of a rate never narrower than Wilson's of the distinct episodes.
     `between_seeds` is the deviation of training seeds' rates, `of_episodes` the standard error of
-    the rate from the choice of episodes alone.
+    the rate from the choice of episodes alone. None: no episode has ended that would tell.
     """
-    success = {name: np.stack([outcomes(run) for run in runs]) for name, runs in found.items()}
+    success = {name: np.stack(list(map(outcomes, runs))) for name, runs in found.items()}
     drawn, base, table = bootstrap(success), next(iter(found)), {}
     for name, x in success.items():
         runs, rows = found[name], {}
         for i, task in enumerate(runs[0]["tasks"]):
             mine = x if task == "all" else x[:, i]
-            ended = int(np.isfinite(mine).sum())
-            low, high = wilson(np.nansum(mine) / len(runs), ended / len(runs))
-            if len(runs) > 1:
-                widest = np.nanquantile(drawn[name][:, i], [0.025, 0.975]).clip(0, 1)
-                low, high = min(low, widest[0]), max(high, widest[1])
-            rows[task] = dict(successes=int(np.nansum(mine)), episodes=ended, low=low, high=high,
-                              rate=rates(x)[i])
+            rows[task] = row = row_of(mine, drawn[name][:, i])
             if name != base:
-                less = np.nanquantile(drawn[name][:, i] - drawn[base][:, i], [0.025, 0.975])
-                rows[task]["difference"] = rates(x)[i] - rates(success[base])[i], *less
-        each = [rates(run[None])[-1] for run in x]
+                rate, other = row["rate"], table[base]["tasks"][task]["rate"]
+                less = drawn[name][:, i] - drawn[base][:, i]
+                row["difference"] = None if None in (rate, other) else (
+                    rate - other, *np.nanquantile(less, [0.025, 0.975]))
+        each = [rates(run[None])[-1] for run in x if np.isfinite(run).any()]
         table[name] = dict(
             tasks=rows, training_seeds=each, of_episodes=error_of_episodes(x),
-            between_seeds=np.std(each, ddof=1) if len(runs) > 1 else None,
+            between_seeds=np.std(each, ddof=1) if len(each) > 1 else None,
             crashed=[(c["task"], c["seed"]) for run in runs for c in run["crashed"]],
             runs=[facts_of(run) for run in runs])
     return table
+
+
+def row_of(success: np.ndarray, drawn: np.ndarray) -> dict:
+    """Successes of (R, .., E), their rate and its interval; drawn: rates of the bootstrap."""
+    runs, ended = len(success), int(np.isfinite(success).sum())
+    successes = int(np.nansum(success))
+    counts = {"successes": successes, "episodes": ended}
+    if not ended:
+        return {**counts, "rate": None, "low": None, "high": None}
+    low, high = wilson(successes / runs, ended / runs)
+    if runs > 1:
+        widest = np.nanquantile(drawn, [0.025, 0.975]).clip(0, 1)
+        low, high = min(low, widest[0]), max(high, widest[1])
+    return {**counts, "rate": successes / ended, "low": low, "high": high}
 
 
 def outcomes(run: dict) -> np.ndarray:
@@ -1627,13 +1718,16 @@ def outcomes(run: dict) -> np.ndarray:
         mine.sort(key=lambda e: e["seed"])
         rows.append([e.get("success", math.nan) for e in mine])
     longest = max(map(len, rows))
-    return np.array([row + [math.nan] * (longest - len(row)) for row in rows], float)
+    missing = [[math.nan] * (longest - len(row)) for row in rows]
+    return np.array([row + rest for row, rest in zip(rows, missing)], float)
 
 
 def rates(success: np.ndarray) -> np.ndarray:
-    """(R, T, E) -> success of each task, and of all episodes, (T + 1,)"""
-    ended, successes = np.isfinite(success).sum((0, 2)), np.nansum(success, (0, 2))
-    return np.append(successes, successes.sum()) / np.maximum(1, np.append(ended, ended.sum()))
+    """(R, T, E) -> success of each task, and of all episodes, (T + 1,); NaN where none ended."""
+    ended = np.isfinite(success).sum((0, 2))
+    successes = np.nansum(success, (0, 2))
+    ended, successes = (np.append(x, x.sum()) for x in (ended, successes))
+    return np.where(ended > 0, successes / np.maximum(1, ended), math.nan)
 
 
 def bootstrap(success: dict[str, np.ndarray], draws: int = 1000) -> dict[str, np.ndarray]:
@@ -1647,8 +1741,9 @@ def bootstrap(success: dict[str, np.ndarray], draws: int = 1000) -> dict[str, np
             some = x[rng.integers(len(x), size=len(x))]
             drawn[name].append(rates(np.take_along_axis(some, columns, 2)))
     for name, x in success.items():
-        spread = math.sqrt(len(x) / (len(x) - 1)) if len(x) > 1 else 1
-        drawn[name] = rates(x) + spread * (np.array(drawn[name]) - rates(x))
+        runs, mean = len(x), rates(x)
+        spread = math.sqrt(runs / (runs - 1)) if runs > 1 else 1
+        drawn[name] = mean + spread * (np.array(drawn[name]) - mean)
     return drawn
 
 
@@ -1656,9 +1751,11 @@ def error_of_episodes(success: np.ndarray) -> float | None:
     """Standard error of the rate over all (R, T, E), had other episodes been drawn for the same
     policies; one episode a task does not tell."""
     mean = success.mean(0)                                  # (T, E)
-    if mean.shape[1] < 2:
+    several = mean[np.isfinite(mean).sum(1) > 1]
+    if not len(several):
         return None
-    return float(np.sqrt(np.nanmean(np.nanvar(mean, 1, ddof=1)) / np.isfinite(mean).sum()))
+    variance = np.nanvar(several, 1, ddof=1).mean()
+    return math.sqrt(variance / np.isfinite(mean).sum())
 
 
 def facts_of(run: dict) -> dict:
@@ -1678,13 +1775,16 @@ def lines_of(table: dict, found: dict[str, list[dict]]) -> list[str]:
     """The table as text, a column an arm; then what crashed, and which episodes these are."""
     rows = cells_of(table)
     widths = [max(map(len, column)) + 2 for column in zip(*rows)]
-    lines = ["".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows]
-    lines += [f"crashed in {name}: {task} at seed {seed}"
-              for name, arm in table.items() for task, seed in arm["crashed"]]
-    one, *_ = next(iter(found.values()))
-    (first, last), config = one["seeds"], one["config"]
+    rows = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in rows]
+    lines = ["".join(row).rstrip() for row in rows]
+    for name, arm in table.items():
+        lines += [f"crashed in {name}: {task} at seed {seed}" for task, seed in arm["crashed"]]
+    one = next(iter(found.values()))[0]
+    first, last = one["seeds"]
+    config = one["config"]
     distract = f", --distract {config['distract']}" if config["distract"] else ""
-    if len(found) > 1 and all(len(runs) == 1 for runs in found.values()):
+    seeds = max(len(runs) for runs in found.values())
+    if len(found) > 1 and seeds == 1:
         lines += ["one training seed an arm: no interval says what another training would give"]
     return [*lines, f"environment seeds {first} to {last}, at most {config['max_steps']} steps"
                     f"{distract}"]
@@ -1692,32 +1792,44 @@ def lines_of(table: dict, found: dict[str, list[dict]]) -> list[str]:
 
 def cells_of(table: dict) -> list[list[str]]:
     arms = list(table.values())
-    tasks, runs = arms[0]["tasks"], [arm["runs"][0] for arm in arms]
+    tasks = arms[0]["tasks"]
+    runs = [arm["runs"][0] for arm in arms]
     rows = [["success rate [95% interval]", *table]]
     for task in tasks:
-        cells = ["{rate:.2f} [{low:.2f}, {high:.2f}]".format(**arm["tasks"][task]) for arm in arms]
+        cells = [estimate(*map(arm["tasks"][task].get, ("rate", "low", "high"))) for arm in arms]
         rows.append([f"{task} ({tasks[task]['episodes']})", *cells])
     if len(arms) > 1:
-        less = [arm["tasks"]["all"]["difference"] for arm in arms[1:]]
-        cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference) for difference in less]
+        less = [arm["tasks"]["all"]["difference"] or [None] * 3 for arm in arms[1:]]
+        cells = [estimate(*difference, sign="+") for difference in less]
         rows.append([f"all, less {next(iter(table))}", "", *cells])
     errors = [arm["of_episodes"] for arm in arms]
-    rows.append(["standard error, episodes", *["" if x is None else f"{x:.3f}" for x in errors]])
+    rows.append(["standard error, episodes", *texts_of(errors, ".3f")])
     if any(len(arm["runs"]) > 1 for arm in arms):
-        each = [" ".join(f"{rate:.2f}" for rate in arm["training_seeds"]) for arm in arms]
+        each = [" ".join(texts_of(arm["training_seeds"], ".2f")) for arm in arms]
         spread = [arm["between_seeds"] for arm in arms]
         rows.append(["training seeds, all", *each])
-        rows.append(["deviation between them", *["" if x is None else f"{x:.3f}" for x in spread]])
+        rows.append(["deviation between them", *texts_of(spread, ".3f")])
     if any(run["chunk"] for run in runs):
-        decay = ["none" if run["ensemble"] is None else f"{run['ensemble']:g}" for run in runs]
-        rows.append(["actions executed of a chunk",
-                     *[f"{run['executed']} of {run['chunk']}" for run in runs]])
-        rows.append(["ensembling", *decay])
+        executed = [f"{run['executed']} of {run['chunk']}" for run in runs]
+        decay = [run["ensemble"] for run in runs]
+        rows.append(["actions executed of a chunk", *executed])
+        rows.append(["ensembling", *texts_of(decay, "g", "none")])
     if any(run["check"] for run in runs):
         rows.append(["check", *[run["check"] or "none" for run in runs]])
     if any(arm["crashed"] for arm in arms):
         rows.append(["crashed, not counted", *[str(len(arm["crashed"])) for arm in arms]])
     return rows
+
+
+def texts_of(numbers: list, form: str, none: str = "") -> list[str]:
+    return [none if x is None else format(x, form) for x in numbers]
+
+
+def estimate(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
+    """A number with its interval; None: no episode has ended."""
+    if value is None:
+        return "no result"
+    return f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
 
 def write_page(out: Path, table: dict, found: dict, lines: list[str], arms: dict):
@@ -1748,17 +1860,20 @@ def plot_success(table: dict, found: dict):
     """Success with 95% intervals"""
     from matplotlib.figure import Figure
     tasks = list(next(iter(table.values()))["tasks"])
-    figure = Figure(figsize=(max(6, 0.4 * len(tasks) * (1 + len(table))), 3.5))
+    inches = 0.4 * len(tasks) * (1 + len(table))
+    figure = Figure(figsize=(max(6, inches), 3.5))
     axes, width, numbers = figure.subplots(), 0.8 / len(table), {}
     for i, (name, arm) in enumerate(table.items()):
         rows = [arm["tasks"][task] for task in tasks]
-        rate, low, high = (np.array([row[key] for row in rows]) for key in ("rate", "low", "high"))
-        axes.bar(np.arange(len(tasks)) + i * width, rate, width, label=name, capsize=2,
+        values = [(row["rate"], row["low"], row["high"]) for row in rows]
+        numbers[name] = dict(zip(tasks, values))
+        rate, low, high = np.array(values, float).T         # of None: NaN, which has no bar
+        places = np.arange(len(tasks)) + i * width
+        axes.bar(places, rate, width, label=name, capsize=2,
                  yerr=np.maximum(0, [rate - low, high - rate]))
-        numbers[name] = {task: [row["rate"], row["low"], row["high"]]
-                         for task, row in zip(tasks, rows)}
     axes.set(ylim=(0, 1), ylabel="success")
-    axes.set_xticks(np.arange(len(tasks)) + 0.4 - width / 2, tasks, rotation=30, ha="right")
+    middle = np.arange(len(tasks)) + 0.4 - width / 2
+    axes.set_xticks(middle, tasks, rotation=30, ha="right")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure, numbers
 
@@ -1769,7 +1884,8 @@ def plot_over_time(table: dict, found: dict):
     figure, numbers = Figure(figsize=(6, 3.5)), {}
     axes = figure.subplots()
     for name, runs in found.items():
-        episodes = [e for run in runs for e in run["episodes"]]
+        if not (episodes := [e for run in runs for e in run["episodes"]]):
+            continue
         ends = np.array([e["steps"] if e["success"] else math.inf for e in episodes])
         steps = np.arange(runs[0]["config"]["max_steps"] + 1)
         share = (ends <= steps[:, None]).mean(1)

@@ -14,7 +14,7 @@ def result_of(run: Path) -> dict:
     """{metric: value}; empty where nothing is finished."""
     if (run / "results.json").exists():
         tasks = json.loads((run / "results.json").read_text())["tasks"]
-        return {task: counts["rate"] for task, counts in tasks.items()}
+        return {task: counts["rate"] for task, counts in tasks.items() if counts["episodes"]}
     path = run / "metrics.jsonl"
     rows = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
     rows = [row for row in rows if any(name.startswith("val_") for name in row)]

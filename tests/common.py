@@ -65,6 +65,7 @@ def expert_pictures(task, seed, steps):
     """In a simulation process: pictures and backgrounds at these steps of an expert's episode, and
     one more of the last step, viewed at level 0."""
     import rollout
+    yield from ()                           # it asks for nothing
     world, pictures = rollout.world_at("metaworld", task, False), []
     world.reset(seed)
     for step in range(max(steps) + 1):
@@ -72,19 +73,42 @@ def expert_pictures(task, seed, steps):
             pictures.append((world.image(64, "corner4"), world.background(64, "corner4")))
             last = rollout.view(world, "corner4", 64, rollout.Distraction((seed,), 0.0), step)
         world.step(world.expert())
-    return *map(np.stack, zip(*pictures)), last
+    images, backgrounds = map(np.stack, zip(*pictures))
+    return {"images": images, "backgrounds": backgrounds, "last": last}
 
 
 def look_at_libero(name, task, seed):
     """In a simulation process: state and picture, and both after five steps up."""
     import rollout
+    yield from ()                           # it asks for nothing
     world, found = rollout.world_at(name, task, False), []
     world.reset(seed)
     for steps in (0, 5):
         for _ in range(steps):
             world.step(np.array([0, 0, 1, 0, 0, 0, -1.0]))
         found += [world.state, world.image(64, "agentview")]
-    return found
+    return {"seen": found}
+
+
+def fake_episodes(fails, stop_at=None):
+    """In place of rollout.run_episodes: episodes of noise, a function of task and seed; those of
+    fails(task, seed) fail, and job `stop_at` is interrupted."""
+    def run_episodes(jobs, act, workers, label, new, another):
+        for i, key in enumerate(jobs):
+            if i == stop_at:
+                raise KeyboardInterrupt
+            while key and fails(*key[1:]):
+                last, key = key, next(iter(another(key, {})), None)
+            if not key:
+                yield last, {}
+                continue
+            _, task, seed = key
+            rng = np.random.default_rng((seed, *task.encode()))
+            values = rng.standard_normal((5, 4))
+            yield key, dict(
+                images=rng.integers(0, 255, (5, 64, 64, 3), np.uint8), state=values, action=values,
+                executed_action=values, reward=values[:, 0], seed=seed, success=True, further={})
+    return run_episodes
 
 
 def stage_args(stage, data, stages):

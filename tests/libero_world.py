@@ -14,7 +14,9 @@ WORLD, TASK = "libero/spatial", "pick_up_the_black_bowl_on_the_stove_and_place_i
 
 def test_starts_are_reproducible_and_actions_move_the_hand():
     seeds = (3, 4, 3, rollout.EVALUATION, rollout.EVALUATION + 1)
-    found = list(rollout.run_jobs([(look_at_libero, WORLD, TASK, seed) for seed in seeds], 1, ""))
+    jobs = {(i, TASK, seed): (look_at_libero, WORLD, TASK, seed) for i, seed in enumerate(seeds)}
+    results = dict(rollout.run_episodes(jobs, None, 1))
+    found = [results[key]["seen"] for key in jobs]
     for one, other in zip(found[0], found[2]):
         assert np.array_equal(one, other)
     assert (found[0][1] != found[1][1]).any() and (found[3][1] != found[4][1]).any()

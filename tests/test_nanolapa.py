@@ -17,7 +17,8 @@ import pytest
 import tensorflow_datasets as tfds
 import torch
 import tyro
-from common import ROOT, TASKS, TINY, expert_pictures, metrics, run, run_here, stage_args, start
+from common import (ROOT, TASKS, TINY, expert_pictures, fake_episodes, metrics, run, run_here,
+                    stage_args, start)
 
 import data_oxe
 import finetune
@@ -179,28 +180,19 @@ def test_an_expert_that_fails_costs_one_episode(tmp_path, monkeypatch, capsys):
     cfg = rollout.Config(record=True, data=str(tmp_path), episodes=3, tasks=tuple(TASKS))
     rollout.check(cfg)
 
-    def episodes(jobs, workers, label, fails=(3,)):
-        for i, (_, task, seeds, *_) in enumerate(jobs):
-            assert len(seeds) == rollout.TRIES and seeds[0] == i // 2
-            zeros = np.zeros((5, 4))
-            yield None if i in fails else dict(
-                images=np.zeros((5, 64, 64, 3), np.uint8), state=zeros, action=zeros,
-                executed_action=zeros, reward=np.zeros(5), seed=seeds[0], success=True)
-    monkeypatch.setattr(rollout, "run_jobs", episodes)
-    rollout.record(cfg)
-    out, err = capsys.readouterr()
-    assert "recorded 5 of 6 episodes" in out and "failed at 'faucet-close'" in err
-    builder = tfds.builder_from_directory(str(tmp_path / "metaworld_corner4/1.0.0"))
-    assert builder.info.splits["train"].num_examples == 5
-    monkeypatch.setattr(rollout, "run_jobs", lambda *args: episodes(*args, fails=(1, 3, 5)))
-    cfg.data = str(tmp_path / "other")
-    rollout.record(cfg)
-    assert "succeeded at 0 of 60 starts of 'faucet-close' (0.00), so it has 0 of 3 episodes" in \
-        capsys.readouterr().err
-    monkeypatch.setattr(rollout, "run_jobs", lambda *args: episodes(*args, fails=range(6)))
-    cfg.data = str(tmp_path / "none")
-    with pytest.raises(SystemExit, match="succeeded at none of drawer-open, faucet-close; lower"):
+    def record(folder, fails):
+        cfg.data = str(tmp_path / folder)
+        monkeypatch.setattr(rollout, "run_episodes", fake_episodes(fails))
         rollout.record(cfg)
+        return capsys.readouterr()
+    out, err = record("one", lambda task, seed: task == TASKS[1] and seed % 3 == 1)
+    assert "recorded 5 of 6 episodes" in out and "failed at 'faucet-close'" in err
+    builder = tfds.builder_from_directory(str(tmp_path / "one/metaworld_corner4/1.0.0"))
+    assert builder.info.splits["train"].num_examples == 5
+    assert "succeeded at 0 of 60 starts of 'faucet-close' (0.00), so it has 0 of 3 episodes" in \
+        record("other", lambda task, seed: task == TASKS[1]).err
+    with pytest.raises(SystemExit, match="succeeded at none of drawer-open, faucet-close; lower"):
+        record("none", lambda task, seed: True)
     assert not [*Path(cfg.data).rglob("*.json")]
 
 
@@ -226,9 +218,11 @@ def test_a_distraction_is_of_its_seed_and_step_alone():
 
 
 def test_the_background_holds_neither_robot_nor_object():
-    job = expert_pictures, "button-press-topdown", 3, (0, 30, 60)
-    (images, backgrounds, last), = rollout.run_jobs([job], 1, "")
-    assert np.array_equal(last, images[-1])                 # level 0: the clean picture
+    task = "button-press-topdown"
+    jobs = {(0, task, 3): (expert_pictures, task, 3, (0, 30, 60))}
+    (_, seen), = rollout.run_episodes(jobs, None, 1)
+    images, backgrounds = seen["images"], seen["backgrounds"]
+    assert np.array_equal(seen["last"], images[-1])         # level 0: the clean picture
     r, g, b = np.moveaxis(images.astype(int), -1, 0)
     robot, button = r > 3 * np.maximum(g, b) + 20, np.minimum(r, g) > 2 * b + 20
     assert robot.mean() > 0.03 and button.mean() > 0.005 and 0.5 < backgrounds.mean() < 0.95

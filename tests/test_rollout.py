@@ -54,6 +54,8 @@ def test_several_policies_in_one_call_are_as_each_alone(stages, tmp_path, capsys
     out = capsys.readouterr().out
     assert read(tmp_path / "again", "table") == table
     assert "drawer-open (4)" in out and "8 of 8" in out and "--distract 0.5" in out
+    with pytest.raises(SystemExit, match="alone' holds an evaluation, whose report"):
+        roll(compare=items, out=str(tmp_path / "alone"))
     old = read(tmp_path / "alone")
     del old["config"]["distract"]                           # as before there was such an option
     (tmp_path / "alone/results.json").write_text(json.dumps(old))
@@ -117,7 +119,8 @@ def test_an_episode_that_kills_its_process_is_named(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("FRAGILE", str(tmp_path / "mark"))
     cfg = rollout.Config(world="own_world:Fragile", max_steps=40)
     spec = {"camera": "render", "views": ["render"]}
-    jobs = {(0, "Fragile", seed): ("Fragile", seed, cfg, spec, False, np.zeros((30, 2)))
+    actions = np.zeros((30, 2))
+    jobs = {(0, "Fragile", seed): (rollout.episode, "Fragile", seed, cfg, spec, False, actions)
             for seed in range(8)}
     results = dict(rollout.run_episodes(jobs, None, 2))
     assert len(results) == 8
@@ -219,6 +222,24 @@ def test_differences_are_paired_and_both_variances_shown():
                              "broken": [evaluation(better, crashed=range(50))]})["broken"]
     assert half["tasks"]["x"]["episodes"] == 150 and len(half["crashed"]) == 50
     assert half["tasks"]["x"]["rate"] == pytest.approx(better[50:].mean())
+
+
+def test_a_policy_whose_episodes_all_crashed_has_no_result(tmp_path, capsys):
+    success = np.arange(8) % 2
+    for name, crashed in {"good": (), "dead": range(8)}.items():
+        found = evaluation(success, crashed)
+        found["config"] |= {"max_steps": 9, "distract": 0.0}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(found))
+    good, dead = tmp_path / "good", tmp_path / "dead"
+    for arms in ((f"good={good}", f"dead={dead}"), (f"dead={dead}", f"good={good},{dead}")):
+        roll(compare=arms, out=str(tmp_path / "out"))
+        told, page = capsys.readouterr(), (tmp_path / "out/table.json").read_text()
+        table = json.loads(page, parse_constant=pytest.fail)            # NaN is no JSON
+        assert table["dead"]["tasks"]["all"]["rate"] is None and told.out.count("no result") == 3
+        assert (table["good"]["tasks"]["x"]["rate"], table["good"]["training_seeds"]) == (.5, [.5])
+        for name in ("success", "over_time"):
+            json.loads((tmp_path / f"out/{name}.json").read_text(), parse_constant=pytest.fail)
 
 
 # ------------------------------------------------------------ errors

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import rollout
 import tensorflow_datasets as tfds
-from common import TASKS, TINY, run_here
+from common import TASKS, TINY, fake_episodes, run_here
 from PIL import Image
 
 REACH = "own_world:Reach"
@@ -91,6 +91,7 @@ def test_open_loop_measures_what_a_policy_does(reach, tmp_path, monkeypatch, cap
     (dict(sentence="Do it"), "--sentence: --world metaworld has 50 tasks"),
     (dict(camera=("corner", "topview")), "corner topview: a policy looks from one"),
     (dict(world="dataset", record=True), "is recorded already"),
+    (dict(world="dataset", max_steps=9), "no simulator: --max-steps 9 has no meaning there; leave"),
     (dict(world="metaworld", policy=("FT",)), "acts in the units of 'own_world_reach_render'"),
 ])
 def test_a_world_that_does_not_fit_is_one_line(options, says, reach):
@@ -152,20 +153,36 @@ def test_several_cameras_in_one_pass(data, tmp_path):
     assert entry.cameras == "observation/image_topview"
 
 
-def fake_jobs(stop_at=None, fails=()):
-    """In place of run_jobs: episodes of noise, a function of task and seed; job number `stop_at`
-    is interrupted, those of the seeds `fails` fail."""
-    def run_jobs(jobs, workers, label):
-        for i, (_, task, seeds, *_) in enumerate(jobs):
-            if i == stop_at:
-                raise KeyboardInterrupt
-            rng = np.random.default_rng((seeds[1], *task.encode()))
-            values = rng.standard_normal((5, 4))
-            yield None if seeds[0] in fails else dict(
-                images=rng.integers(0, 255, (5, 64, 64, 3), np.uint8), state=values, action=values,
-                executed_action=values, reward=values[:, 0], seed=seeds[1], success=True,
-                further={})
-    return run_jobs
+def test_a_recording_outlives_starts_that_kill_its_process(tmp_path, monkeypatch, capsys):
+    """Another start takes the place of one that does so twice."""
+    monkeypatch.setenv("FRAGILE", str(tmp_path / "mark"))
+    roll(world="own_world:Fragile", record=True, data=str(tmp_path), episodes=8, max_steps=40,
+         image_size=32, workers=2)
+    recorded = episodes_of(tmp_path / "own_world_fragile_render/1.0.0")
+    assert [e["seed"] for e in recorded] == [0, 1, 2, 3 + 8, 4, 5, 6, 7]
+    said = capsys.readouterr()
+    assert "recorded 8 of 8 episodes (9 tried, 1 crashed)" in said.out
+    assert said.err.count("'Fragile' at seed 3 crashed twice; skipped") == 1
+
+
+def test_a_recorded_policy_executes_its_chunks_as_an_evaluated_one():
+    """Here blended: its nth chunk says n throughout."""
+    cfg = rollout.Config(world=REACH, camera=("render",), image_size=16, max_steps=6, noise=0.0,
+                         keep="all", replan=2, ensemble=0.0)
+    spec = {"chunk": 4, "action_dim": 2, "source_size": 16, "views": ["render"], "camera": "render"}
+    for function, arguments in ((rollout.recorded_episode, ()), (rollout.episode, (False,))):
+        episode, asked = function("Reach", 0, cfg, spec, *arguments), 0
+        shown = next(episode)
+        with pytest.raises(StopIteration) as end:
+            while True:
+                images, state, noise = shown
+                assert images.shape == (1, 16, 16, 3) and noise.shape == (4, 2)
+                asked += 1
+                shown = episode.send(np.full((4, 2), asked / 100))
+        assert asked == 3 and not end.value.value["success"]
+        if function is rollout.recorded_episode:
+            actions = np.stack(end.value.value["action"])[:, 0]
+            assert actions == pytest.approx([0.01, 0.01, 0.015, 0.015, 0.025, 0.025])
 
 
 def equal(one, other):
@@ -183,17 +200,19 @@ def test_an_interrupted_recording_goes_on(tmp_path, monkeypatch, capsys):
     cfg = dict(record=True, episodes=6, tasks=tuple(TASKS))
 
     def go(name, **options):
-        monkeypatch.setattr(rollout, "run_jobs", fake_jobs(**options))
+        def fails(task, seed):                              # first starts, and all of one job's
+            return seed < 6 or seed % 6 == 2
+        monkeypatch.setattr(rollout, "run_episodes", fake_episodes(fails, **options))
         roll(**cfg, data=str(tmp_path / name))
         return capsys.readouterr()
-    whole = go("whole", fails=(2,))
+    whole = go("whole")
     assert "recorded 10 of 12 episodes (60 tried)" in whole.out
     with pytest.raises(KeyboardInterrupt):
-        go("broken", stop_at=6, fails=(2,))
+        go("broken", stop_at=6)
     assert "4 episodes stay in" in capsys.readouterr().err
     partial = tmp_path / "broken/metaworld_corner4/.1.0.0.partial"
     with pytest.raises(KeyboardInterrupt):
-        go("broken", stop_at=3, fails=(2,))                 # of what was left
+        go("broken", stop_at=3)                 # of what was left
     last = sorted(partial.glob("*.tfrecord-*"))[-1]
     with last.open("ab") as file:
         file.write(last.read_bytes()[:5000])                # the next one, torn
@@ -201,14 +220,14 @@ def test_an_interrupted_recording_goes_on(tmp_path, monkeypatch, capsys):
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
     try:
         with pytest.raises(SystemExit, match="cannot write to '.*partial'.*make room"):
-            go("broken", fails=(2,))
+            go("broken")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     kept = int(capsys.readouterr().err.split(" episodes stay in")[-2].split()[-1])
     assert kept == 7                                        # two in the file that broke off
     with pytest.raises(SystemExit, match="begun with other options .episodes 6, not 7"):
         roll(**{**cfg, "episodes": 7}, data=str(tmp_path / "broken"))
-    after = go("broken", fails=(2,))
+    after = go("broken")
     assert f"{kept} episodes are there" in after.out
     assert "recorded 10 of 12 episodes (60 tried)" in after.out
     assert "'drawer-open' (0.17), so it has 5 of 6 episodes" in after.err
