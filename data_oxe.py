@@ -972,8 +972,9 @@ class OutOfReach(Exception):
     """A file that cannot be read now: network, permission, credentials."""
 
 
-def first_line(error: "tf.errors.OpError") -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+def first_line(error: Exception) -> str:
+    said, _, _ = str(error).strip().partition("\n")
+    return f"{type(error).__name__}: {said}"
 
 
 class Patience:
@@ -2242,9 +2243,8 @@ def fetch(source: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(source[4:], repo_type="dataset"))
     except Exception as error:                                  # the client fails in many ways
-        fail(f"--source '{source}' cannot be downloaded ({type(error).__name__}: "
-             f"{str(error).strip().splitlines()[0]}); check the name, the network and "
-             f"`hf auth login`, or give a folder")
+        fail(f"--source '{source}' cannot be downloaded ({first_line(error)}); check the name, "
+             f"the network and `hf auth login`, or give a folder")
 
 
 def features_of_lerobot(images: list[str], widths: dict, size: int, tells_success: bool) -> dict:

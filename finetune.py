@@ -1086,7 +1086,7 @@ class Rollouts:
         first = int(os.environ.get("RANK", 0)) == 0
         if first:
             shutil.rmtree(folder, ignore_errors=True)       # rollouts that did not end
-        export(model, replace(self.cfg, out=str(folder)), step, *self.handed)
+        export(model, replace(self.cfg, out=str(folder)), step, *self.handed, to_lerobot=False)
         found = [self.run(folder, stop_flag) if first else None]
         if self.group:
             dist.broadcast_object_list(found, 0, self.group)
@@ -1846,9 +1846,10 @@ def program_of(policy: Policy, cfg: Config):
 
 
 @torch.no_grad()
-def export(model: Policy, cfg: Config, step: int, tokenizer, loader, pretraining: dict):
-    """OUT/policy: the policy as a torch.export program (CPU), tokenizer, manifest, weights. All
-    ranks call it."""
+def export(model: Policy, cfg: Config, step: int, tokenizer, loader, pretraining: dict,
+           to_lerobot: bool = True):
+    """OUT/policy: the policy as a torch.export program (CPU), tokenizer, manifest, weights, and
+    LeRobot's package. All ranks call it."""
     policy = unsharded(model)
     if policy is None:
         return
@@ -1869,7 +1870,7 @@ def export(model: Policy, cfg: Config, step: int, tokenizer, loader, pretraining
                 "head": cfg.head, "dtype": cfg.export_dtype, "pretraining": pretraining,
                 "step": step, "config": asdict(cfg), "torch": torch.__version__}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    if cfg.head != "latent":                                            # which needs stage2/
+    if to_lerobot and cfg.head != "latent":                             # which needs stage2/
         export_to_lerobot(folder, policy, cfg, tokenizer, loader)
     publish(folder, Path(cfg.out) / "policy")
 
@@ -2826,23 +2827,11 @@ if __name__ == "lerobot_policy_nanolapa":                   # as which policy/le
     from huggingface_hub import snapshot_download
     from lerobot.configs import NormalizationMode
     from lerobot.configs import PreTrainedConfig as LeRobotConfig
-    from lerobot.optim import AdamWConfig, LRSchedulerConfig
+    from lerobot.optim import AdamWConfig
+    from lerobot.optim.schedulers import CosineAnnealingWithWarmupSchedulerConfig as CosineConfig
     from lerobot.policies.pretrained import PreTrainedPolicy
     from lerobot.processor import make_default_policy_processor_steps
     from lerobot.processor import make_policy_processor_pipelines
-
-    @LRSchedulerConfig.register_subclass(LEROBOT_TYPE)
-    @dataclass
-    class NanoLapaSchedule(LRSchedulerConfig):
-        """lr_at's, over the run's steps."""
-        settings: dict = field(default_factory=dict)
-        num_warmup_steps: int = 0
-
-        def build(self, optimizer, num_training_steps: int):
-            warmup = min(self.num_warmup_steps, num_training_steps // 4)
-            cfg = Config(**self.settings | {"steps": num_training_steps, "warmup_steps": warmup})
-            return torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda step: lr_at(cfg, step) / cfg.lr)
 
     @LeRobotConfig.register_subclass(LEROBOT_TYPE)
     @dataclass
@@ -2859,7 +2848,7 @@ if __name__ == "lerobot_policy_nanolapa":                   # as which policy/le
             if unknown := set(self.settings) - {f.name for f in fields(Config)}:
                 fail(f"--policy.settings has {sorted(unknown)[0]!r}, which the installed "
                      f"lerobot_policy_nanolapa does not know")
-            cfg = Config(**{"steps": 10 ** 9, **self.settings})             # see NanoLapaSchedule
+            cfg = Config(**{"steps": 10 ** 9, **self.settings})             # LeRobot counts its own
             if cfg.head == "latent":
                 fail("--policy.settings: head 'latent' needs stage 2's folder wherever it runs; "
                      "give another head")
@@ -2895,9 +2884,9 @@ if __name__ == "lerobot_policy_nanolapa":                   # as which policy/le
             return AdamWConfig(lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay,
                                grad_clip_norm=cfg.grad_clip)
 
-        def get_scheduler_preset(self) -> NanoLapaSchedule:
+        def get_scheduler_preset(self) -> CosineConfig:
             cfg, _ = self.stage()
-            return NanoLapaSchedule(settings=asdict(cfg), num_warmup_steps=cfg.warmup_steps)
+            return CosineConfig(num_warmup_steps=cfg.warmup_steps)
 
         @property
         def action_delta_indices(self) -> list[int]:

@@ -6,14 +6,19 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.configs.dataset import DatasetRecordConfig
 from lerobot.datasets import LeRobotDataset
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.robots import Robot, RobotConfig
+from lerobot.rollout import EpisodicStrategyConfig, RolloutConfig
+from lerobot.scripts.lerobot_rollout import rollout
 from lerobot.utils.import_utils import register_third_party_plugins
 from safetensors.torch import load_file, save_file
 
@@ -100,6 +105,74 @@ def test_its_actions_are_those_of_policy_pt2(policy):
         torch.testing.assert_close(action, wanted[:, t], atol=1e-4, rtol=0)
 
 
+@RobotConfig.register_subclass("pretended")
+@dataclass(kw_only=True)
+class PretendedConfig(RobotConfig):
+    log: list = field(default_factory=list)                     # of what it saw and was sent
+
+
+class Pretended(Robot):
+    """An arm that is at once where it is sent; its camera shows noise."""
+
+    config_class, name, cameras = PretendedConfig, "pretended", ["front"]
+    action_features = {"x.pos": float, "y.pos": float}
+    observation_features = action_features | {"front": (64, 64, 3)}
+    is_connected = is_calibrated = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.draw, self.log = np.random.default_rng(0), config.log
+        self.at = {"x.pos": 300.0, "y.pos": 100.0}
+
+    def get_observation(self):
+        picture = self.draw.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        self.seen = self.at | {"front": picture}
+        return dict(self.seen)
+
+    def send_action(self, action):
+        self.log.append((self.seen, action))
+        self.at = dict(action)
+        return action
+
+    def calibrate(self):
+        pass
+
+    connect = configure = disconnect = calibrate
+
+
+def test_lerobot_rollout_drives_a_robot(policy, tmp_path):
+    """Whose camera has another name: what it is sent, and what is recorded of it, are policy.pt2's
+    actions on what it saw. Without a mapping LeRobot refuses."""
+    def drive(folder, names):
+        config = PreTrainedConfig.from_pretrained(MODEL)
+        config.pretrained_path = MODEL
+        robot = PretendedConfig(calibration_dir=tmp_path / "calibration")
+        recorded = DatasetRecordConfig(
+            repo_id="local/rollout_pushes", root=tmp_path / folder, single_task=TEXTS[0], fps=20,
+            episode_time_s=2, num_episodes=1, push_to_hub=False)
+        rollout(RolloutConfig(robot=robot, policy=config, dataset=recorded, fps=20, device="cpu",
+                              strategy=EpisodicStrategyConfig(), rename_map=names,
+                              play_sounds=False, return_to_initial_position=False))
+        return robot.log
+
+    with pytest.raises(ValueError, match="Visual feature mismatch"):
+        drive("refused", {})
+    log = drive("recorded", {"observation.images.front": "observation.image"})
+    program = torch.export.load(POLICY / "policy.pt2").module()
+    sentence, C = policy.tokens(TEXTS[:1], "cpu"), policy.policy.cfg.chunk
+    dataset = LeRobotDataset("local/pushes", root=tmp_path / "recorded", video_backend="pyav")
+    assert len(dataset) == len(log) > C
+    for t, (seen, sent) in enumerate(log):
+        sent = torch.tensor([sent["x.pos"], sent["y.pos"]])
+        torch.testing.assert_close(dataset[t]["action"], sent, atol=0, rtol=0)
+        state = torch.tensor([[seen["x.pos"], seen["y.pos"]]])
+        torch.testing.assert_close(dataset[t]["observation.state"], state[0], atol=0, rtol=0)
+        if t % C == 0:
+            image = torch.from_numpy(seen["front"])[None]
+            chunk = program(image, state, *sentence, torch.zeros(1, C, 2))[0]
+        torch.testing.assert_close(sent, chunk[t % C], atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("name, value, message", [
     ("observation.image", None, "there is no camera 'observation.image', only"),
     ("observation.image", torch.zeros(3, 9, 9, 3), r"must be \(B, 3, H, W\), is \(3, 9, 9, 3\)"),
@@ -181,7 +254,8 @@ def test_lerobot_trains_resumes_and_evaluates(tmp_path):
                   "--policy.device=cpu", "--policy.push_to_hub=false", "--seed=1",
                   "--dataset.repo_id=local/recorded", f"--dataset.root={SOURCE}",
                   "--dataset.video_backend=pyav", f"--output_dir={tmp_path}/run", "--steps=20",
-                  "--save_freq=10", "--log_freq=1", "--batch_size=8", "--num_workers=0")
+                  "--save_freq=10", "--log_freq=1", "--batch_size=8", "--num_workers=0",
+                  '--policy.settings={"warmup_steps": 5}')
     whole = losses(log)
     assert sorted(whole) == [*range(1, 21)]
     values = [whole[step] for step in sorted(whole)]
