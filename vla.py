@@ -546,8 +546,7 @@ class FlowHead(nn.Module):
     def __init__(self, n: int, cond: int, width: int, depth: int, steps: int):
         super().__init__()
         self.steps = steps                                                  # Euler steps
-        period = 4e-3 * (4 / 4e-3) ** torch.linspace(0, 1, 32)
-        self.register_buffer("frequency", 2 * math.pi / period, persistent=False)
+        self.register_buffer("frequency", self.frequencies(32), persistent=False)
         self.input = nn.Linear(n, width)
         self.time = nn.Linear(64, width)
         self.cond = nn.Linear(cond, width)
@@ -559,6 +558,17 @@ class FlowHead(nn.Module):
         for layer in [*self.mod, self.output]:              # blocks start as identity, output 0
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    @staticmethod
+    def frequencies(count: int):
+        period = 4e-3 * (4 / 4e-3) ** torch.linspace(0, 1, count)
+        return 2 * math.pi / period
+
+    @staticmethod
+    def draw_times(*shape: int, device):
+        """Beta(1.5, 1), as in SmolVLA, by inversion, above 0.001."""
+        u = torch.rand(shape, device=device)
+        return u ** (1 / 1.5) * 0.999 + 0.001
 
     def forward(self, x, t, cond):
         """Velocity (B, N) at x (B, N), t (B,)."""
@@ -579,12 +589,10 @@ class FlowHead(nn.Module):
         return error.mean()                     # of samples: alike however processes divide them
 
     def errors(self, x, cond):
-        """Squared velocity errors (draws * B, N). t ~ Beta(1.5, 1) as in SmolVLA, then shifted
-        towards noise (SD3, 2403.03206): in many dimensions x_t gives x away unless t is close to
-        1."""
+        """Squared velocity errors (draws * B, N). Times are shifted towards noise (SD3,
+        2403.03206): in many dimensions x_t gives x away unless t is close to 1."""
         x, cond = (a.repeat(self.draws, 1) for a in (x, cond))
-        u = torch.rand(len(x), device=x.device)
-        t = u ** (1 / 1.5) * 0.999 + 0.001                                          # by inversion
+        t = self.draw_times(len(x), device=x.device)
         t = 4 * t / (1 + 3 * t)
         noise = torch.randn_like(x)
         x_t = t[:, None] * noise + (1 - t[:, None]) * x
