@@ -61,6 +61,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 os.environ.setdefault("MUJOCO_GL", "egl")
+os.environ.setdefault("LP_NUM_THREADS", "0")    # a worker draws alone, where Mesa draws on the CPU
 THREADS = os.environ.get("OMP_NUM_THREADS")
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # before the workers load torch: one core each
 SEEDS = 10_000                              # environment seeds in a block
