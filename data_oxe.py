@@ -58,6 +58,7 @@ import importlib
 import io
 import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -299,7 +300,9 @@ class Loader:
 
     def draws_before(self, block: int) -> np.ndarray:
         """How often each dataset was drawn before a block."""
-        at, drawn = self.drawn if self.drawn[0] <= block else (0, np.zeros(len(self.plans), int))
+        at, drawn = self.drawn
+        if at > block:                                          # the count begins anew
+            at, drawn = 0, np.zeros(len(self.plans), int)
         for b in range(at, block):
             chosen = self.choices(tf.constant(b, tf.int64)).numpy()
             drawn = drawn + np.bincount(chosen, minlength=len(self.plans))
@@ -350,7 +353,8 @@ class Loader:
         """Last stage of the pipeline, in parallel: one encoded pair -> its frames."""
         pair = dict(pair)
         images = tf.unstack(pair.pop("images"), 1 + self.consecutive + self.views)
-        images, views = images[:1 + self.consecutive], images[1 + self.consecutive:]
+        frames = 1 + self.consecutive
+        images, views = images[:frames], images[frames:]
         if not self.image_size:
             return pair
         if views:
@@ -426,7 +430,8 @@ class Loader:
                 swap_red_and_blue(frames[i])
                 if self.views:
                     swap_red_and_blue(item["views"][i])
-        return batch, (int(item["block"][-1]), int(item["place"][-1]) + 1)
+        block, place = (int(item[name][-1]) for name in ("block", "place"))
+        return batch, (block, place + 1)
 
     def batches(self, position: tuple[int, int]):
         """Endless (batch, position after it) from a position. What breaks the pipeline, an image
@@ -530,7 +535,8 @@ def unpadded(frames: np.ndarray, size: np.ndarray, count: int):
     where they differ."""
     if (size == size[0]).all():
         return frames.reshape(len(frames), count, *size[0], 3)
-    return [x[:count * h * w * 3].reshape(count, h, w, 3) for x, (h, w) in zip(frames, size)]
+    shapes = [(count, h, w, 3) for h, w in size]
+    return [x[:np.prod(shape)].reshape(shape) for x, shape in zip(frames, shapes)]
 
 
 def swap_red_and_blue(pair: np.ndarray):
@@ -565,19 +571,22 @@ class Sampler:
         charges by the tensor; "integers" int64 (n, 4): dataset, episode, t, steps left.
         """
         dataset, images = episode["dataset"], episode["images"]
-        k, skip, T = self.offset[dataset], self.skip[dataset], tf.shape(images)[0]
+        k, skip = self.offset[dataset], self.skip[dataset]
+        T = tf.shape(images)[0]
         moments = k * tf.range(1 + self.consecutive)            # 0, k, 2k ...
         usable = self.usable(episode, T - moments[-1] - skip)   # starts t whose last frame is there
         t = skip + self.starts(dataset, episode["draw"], usable)                    # (n,)
         n, C = tf.shape(t)[0], self.chunk
 
-        steps = tf.minimum(t[:, None] + tf.range(C)[None], T - 1)                   # (n, C)
-        actions = tf.reshape(tf.gather(episode["action"], steps), [n, C * self.width])
+        steps = t[:, None] + tf.range(C)[None]                                      # (n, C)
+        actions = tf.gather(episode["action"], tf.minimum(steps, T - 1))            # (n, C, A)
+        actions = tf.reshape(actions, [n, C * self.width])
         motion = self.accumulated(episode["executed"], dataset, t, k)               # (n, A)
         state = tf.gather(episode["state"], t)                                      # (n, Ds)
         same = [tf.fill([n], x) for x in (dataset, episode["episode"])]
         integers = [*same, tf.cast(t, tf.int64), tf.cast(T - t, tf.int64)]
-        pictures = [tf.gather(images, t[:, None] + moments), tf.gather(episode["views"], t)]
+        frames = tf.gather(images, t[:, None] + moments)
+        pictures = [frames, tf.gather(episode["views"], t)]
         return {"images": tf.concat(pictures, 1), "text": tf.fill([n], episode["text"]),
                 "floats": tf.concat([actions, motion, state], 1),
                 "integers": tf.stack(integers, 1)}
@@ -602,8 +611,10 @@ class Sampler:
             return tf.range(usable)
         n = tf.minimum(usable, self.pairs)
         seed = stateless_seed(self.seed, 100 + dataset, draw)
-        u = tf.range(tf.cast(n, tf.float32)) + tf.random.stateless_uniform([n], seed)
-        u *= tf.cast(usable, tf.float32) / tf.cast(tf.maximum(n, 1), tf.float32)
+        jitter = tf.random.stateless_uniform([n], seed)
+        u = tf.range(tf.cast(n, tf.float32)) + jitter
+        parts = tf.cast(tf.maximum(n, 1), tf.float32)
+        u *= tf.cast(usable, tf.float32) / parts
         return tf.minimum(tf.cast(u, tf.int32), usable - 1)
 
     def accumulated(self, executed, dataset, t, k):
@@ -662,7 +673,8 @@ class Reader:
         parsed = tf.io.parse_single_example(record, wire)
         T = tf.size(parsed[self.image]) // self.widths[self.image]
         sizes = tf.stack([tf.size(parsed[key]) for key in self.wire])
-        whole = tf.reduce_all(tf.equal(sizes, tf.constant([*self.widths.values()]) * T))
+        widths = tf.constant([*self.widths.values()])
+        whole = tf.reduce_all(tf.equal(sizes, widths * T))
         if self.success:                                        # of the episode, or its last step
             failed = tf.logical_not(tf.reduce_any(parsed[self.success][-1:] > 0))
         content = tf.cond(whole, lambda: self.content(parsed, draw, T), self.nothing)
@@ -685,7 +697,8 @@ class Reader:
         for name, spec in self.specs.items():
             x = read_columns(parsed, spec, self.plan.features, T)
             width = self.state_dim if name == "state" else self.action_dim
-            out[name] = x if x.shape[1] == width else tf.pad(x, [[0, 0], [0, width - x.shape[1]]])
+            missing = width - x.shape[1]
+            out[name] = tf.pad(x, [[0, 0], [0, missing]]) if missing else x
         return out
 
     def pictures(self, parsed: dict, key: str, T):
@@ -723,7 +736,8 @@ def as_numbers(x, feature):
         return x
     if feature._encoding.name == "ZLIB":                        # in no public attribute of TFDS
         x = tf.io.decode_compressed(x, "ZLIB")
-    return tf.reshape(tf.io.decode_raw(x, tf.as_dtype(feature.np_dtype)), [-1, *feature.shape])
+    numbers = tf.io.decode_raw(x, tf.as_dtype(feature.np_dtype))
+    return tf.reshape(numbers, [-1, *feature.shape])
 
 
 def as_text(x):
@@ -782,7 +796,8 @@ def no_autograph(function):
 def stateless_seed(seed: int, purpose, counter):
     """Seed of a stateless random op; different purposes never share numbers, nor do seeds below
     2**32."""
-    high = tf.constant(seed, tf.int64) + tf.cast(purpose, tf.int64) * (1 << 32)
+    purpose = tf.cast(purpose, tf.int64) * (1 << 32)
+    high = tf.constant(seed, tf.int64) + purpose
     return tf.stack([high, tf.cast(counter, tf.int64)])
 
 
@@ -826,7 +841,8 @@ class Records:
         base = np.cumsum(count) - count
         self.count, self.base = tf.constant(count), tf.constant(base)
         self.groups = tf.constant(-(-count // open_files))      # of an epoch
-        self.epoch = [int(self.sizes[b:b + n].sum()) for b, n in zip(base, count)]  # episodes
+        sizes = [self.sizes[b:b + n] for b, n in zip(base, count)]
+        self.epoch = [int(its.sum()) for its in sizes]          # episodes
         numbers = [tf.TensorSpec([], tf.int64)] * 4
         self.stream = tf.function(self.stream_of, input_signature=numbers, autograph=False)
 
@@ -856,7 +872,8 @@ class Records:
 
     def group(self, dataset, number):
         """One group's episodes; not parallel: that costs gigabytes in a mix."""
-        epoch, nth = number // self.groups[dataset], number % self.groups[dataset]
+        groups = self.groups[dataset]
+        epoch, nth = number // groups, number % groups
         rows = self.order(dataset, epoch)[self.members(nth)]
         files = tf.data.Dataset.from_tensor_slices(rows)
         return files.interleave(no_autograph(self.file), cycle_length=self.open_files)
@@ -897,7 +914,8 @@ class Faults:
     def report(self, dataset, episode, fault):
         """-> int32, the number of pairs to draw: 0, or -1, an error that ends the pipeline, where
         reports come and no batch does."""
-        put = self.queue.enqueue([tf.stack([dataset, episode, tf.cast(fault, tf.int64)])])
+        told = tf.stack([dataset, episode, tf.cast(fault, tf.int64)])
+        put = self.queue.enqueue([told])
         with tf.control_dependencies([] if put is None else [put]):
             return -tf.cast(self.queue.size() > self.patience, tf.int32)
 
@@ -1135,7 +1153,8 @@ def make_plan(cfg: DataConfig, name: str, *, split: str, horizon_s: float | None
     offset = pair_offset(name, entry, horizon_s)
     lengths, sizes, fit = glance(name, builder, shards, entry, features)
     span = consecutive * offset
-    usable = np.clip(np.array(lengths) - span - entry.skip, 0, cfg.pairs_per_episode or None)
+    starts = np.array(lengths) - span - entry.skip
+    usable = np.clip(starts, 0, cfg.pairs_per_episode or None)
     if not usable.any():
         fail(f"none of {len(lengths)} episodes of dataset '{name}', of at most {max(lengths)} "
              f"steps, is long enough for {consecutive} frame pairs of {span + 1} steps; give a "
@@ -1162,15 +1181,20 @@ def choose_episodes(cfg: DataConfig, name: str, builder, entry: Entry, features:
     if cfg.holdout:
         held, readable = held_out(cfg.holdout, builder, entry, features)
     else:
-        n_val = max(1, round(n * cfg.val_fraction)) if n > 1 and cfg.val_fraction > 0 else 0
-        held, readable = np.arange(n) >= n - n_val, np.ones(n, bool)
-    train, val = np.flatnonzero(readable & ~held), np.flatnonzero(readable & held)
+        divides = n > 1 and cfg.val_fraction > 0
+        n_val = max(1, round(n * cfg.val_fraction)) if divides else 0
+        held = np.arange(n) >= n - n_val
+        readable = np.ones(n, bool)
+    train = np.flatnonzero(readable & ~held)
+    val = np.flatnonzero(readable & held)
     ids = val if split == "val" else train
     if split == "train" and cfg.episodes_per_task:
         ids = first_per_task(name, builder, entry, features, ids, cfg.episodes_per_task)
     if split == "train" and fraction < 1:
         draws = np.random.default_rng(zlib.crc32(name.encode())).random(n)[ids]
-        ids = np.sort(ids[np.argsort(draws)[:max(1, round(fraction * len(ids)))]])
+        count = max(1, round(fraction * len(ids)))
+        lowest = np.argsort(draws)[:count]
+        ids = np.sort(ids[lowest])
     counts = {"recorded": n, "train": len(train), "val": len(val), "used": len(ids)}
     needed = world if split == "train" else 1                   # asked of all ranks alike
     if len(ids) < needed:
@@ -1269,19 +1293,23 @@ def glance(name: str, builder, shards: list, entry: Entry, features: dict) -> tu
         images, fit = parsed[key], tf.constant(True)
         encoded = images.dtype == tf.string
         if texts:
-            words = [tf.strings.strip(tf.strings.reduce_join(as_text(parsed[k]))) for k in texts]
+            words = [tf.strings.reduce_join(as_text(parsed[key])) for key in texts]
+            words = [tf.strings.strip(each) for each in words]
             fit = tf.reduce_any(tf.not_equal(words, ""))
         if success:
             fit = tf.logical_and(fit, tf.reduce_any(parsed[entry.success][-1:] > 0))
-        size = tf.reduce_mean(tf.strings.length(images)) if encoded else pixels
-        return tf.size(images) // (1 if encoded else pixels), size, fit
-    chosen = shards[::max(1, -(-len(shards) // 8))]
-    seen = [x for shard in chosen for x in values_of(shard.filename, look, -(-32 // len(chosen)))]
+        if encoded:
+            return tf.size(images), tf.reduce_mean(tf.strings.length(images)), fit
+        return tf.size(images) // pixels, pixels, fit
+    chosen = shards[::math.ceil(len(shards) / 8)]
+    of_each = math.ceil(32 / len(chosen))
+    seen = [x for shard in chosen for x in values_of(shard.filename, look, of_each)]
     if not any(length for length, _, _ in seen):
         fail(f"dataset '{name}' has no readable episode in its {len(shards)} files, the first is "
              f"'{shards[0].filename}'")
     lengths, sizes, fit = zip(*seen)
-    found = [int(x) for x in lengths], [float(x) for x in sizes], [bool(x) for x in fit]
+    kinds = int, float, bool
+    found = tuple([kind(x) for x in column] for kind, column in zip(kinds, (lengths, sizes, fit)))
     remember(found)
     return found
 
@@ -1361,7 +1389,8 @@ def open_builder(data: str, name: str, entry: Entry):
     folder = f"{data.rstrip('/')}/{name}"
     path = f"{folder}/{entry.version}"
     if not reach(tf.io.gfile.exists, f"{path}/features.json"):
-        there = [x.split("/")[-2] for x in reach(tf.io.gfile.glob, f"{folder}/*/features.json")]
+        versions = reach(tf.io.gfile.glob, f"{folder}/*/features.json")
+        there = [path.split("/")[-2] for path in versions]
         other = f"; there is version {', '.join(there)}" if there else ""
         fail(f"no dataset at '{path}' (features.json is missing){other}; check --data '{data}', "
              f"which should hold NAME/VERSION")
@@ -1376,7 +1405,8 @@ def flat_features(builder) -> dict:
         prefix, feature = left.pop(0)
         inner = feature.feature if isinstance(feature, tfds.features.Dataset) else feature
         if isinstance(inner, tfds.features.FeaturesDict):
-            left = [(f"{prefix}/{k}" if prefix else k, v) for k, v in inner.items()] + left
+            start = f"{prefix}/" if prefix else ""
+            left = [(start + key, value) for key, value in inner.items()] + left
         else:
             out[prefix] = inner
     return out
@@ -1526,7 +1556,8 @@ def to_device(batch: dict, device, image_size: int) -> dict:
     (B, 2, S, S, 3). Frames of other sizes are resized there (bilinear, antialiased), so pictures
     cross the bus as recorded."""
     import torch
-    out = {k: send(v, device) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
+    arrays = {name: x for name, x in batch.items() if isinstance(x, np.ndarray)}
+    out = batch | {name: send(x, device) for name, x in arrays.items()}
     frames = batch.get("frames")
     if isinstance(frames, list):
         common = len(frames), len(frames[0]), image_size, image_size, 3
@@ -1552,7 +1583,8 @@ def resize_to(frames, size: int):
     import torch
     if frames.shape[-3:-1] == (size, size):
         return frames
-    x = frames.reshape(-1, *frames.shape[-3:]).permute(0, 3, 1, 2).float()
+    x = frames.reshape(-1, *frames.shape[-3:])
+    x = x.permute(0, 3, 1, 2).float()
     x = torch.nn.functional.interpolate(x, (size, size), mode="bilinear", antialias=True)
     x = x.round().clamp(0, 255).to(torch.uint8)
     return x.permute(0, 2, 3, 1).reshape(*frames.shape[:-3], size, size, 3)
@@ -1768,7 +1800,8 @@ class EpisodeWriter(DatasetWriter):
 def list_datasets(data: str = "data"):
     """The registry, which of it lies in the folder (or bucket) --data, and the mixes."""
     folder = data.rstrip("/")
-    own = {path.split("/")[-3] for path in reach(tf.io.gfile.glob, f"{folder}/*/*/entry.json")}
+    entries = reach(tf.io.gfile.glob, f"{folder}/*/*/entry.json")
+    own = {path.split("/")[-3] for path in entries}
     for name in [*REGISTRY, *sorted(own - set(REGISTRY))]:
         entry, here = find_entry(data, name), "-"
         if reach(tf.io.gfile.exists, f"{folder}/{name}/{entry.version}/features.json"):
@@ -1884,12 +1917,15 @@ def statistics(data: str, name: str) -> dict:
                   file=sys.stderr)
         for what in rows:
             width = len(kinds_of(specs[what]))
-            x = np.concatenate([np.zeros((0, width))] + [episode[what] for episode in episodes])
+            nothing = np.zeros((0, width))
+            x = np.concatenate([nothing, *(episode[what] for episode in episodes)])
             good = x[np.isfinite(x).all(1)].astype(np.float64)
             lost += len(x) - len(good)
-            order = np.random.default_rng(len(rows[what])).permutation(len(good))
-            sample = good[order[:max(1000, 2_000_000 // len(shards))]].astype(np.float32)
-            rows[what].append((len(good), good.sum(0), (good ** 2).sum(0), sample))
+            rng = np.random.default_rng(len(rows[what]))
+            at_most = max(1000, 2_000_000 // len(shards))
+            some = rng.permutation(len(good))[:at_most]
+            squares = (good ** 2).sum(0)
+            rows[what].append((len(good), good.sum(0), squares, good[some].astype(np.float32)))
     if lost:
         print(f"data_oxe: {name}: left out {lost} rows that are not finite", file=sys.stderr)
     out = {what: merged(parts) for what, parts in rows.items()}
@@ -1932,7 +1968,8 @@ def from_videos(videos: str, name: str, data: str = "data", captions: str = "", 
     import av
     from tqdm import tqdm
     endings = (".mp4", ".webm", ".mkv", ".mov", ".avi")
-    paths = [p for p in sorted(Path(videos).rglob("*")) if p.suffix.lower() in endings]
+    everything = sorted(Path(videos).rglob("*"))
+    paths = [path for path in everything if path.suffix.lower() in endings]
     files = {str(path.relative_to(videos)): path for path in paths}
     if not files:
         fail(f"no video files ({', '.join(endings)}) in --videos '{videos}'")
@@ -1999,8 +2036,11 @@ def read_captions(captions: str, files: dict) -> dict[str, str]:
     if not Path(captions).is_file():
         fail(f"no captions at '{captions}'")
     with open(captions, newline="", encoding="utf-8") as file:
-        texts = {row[0]: row[1].strip() for row in csv.reader(file) if len(row) > 1}
-    texts = {key: texts.get(key) or texts.get(str(Path(key).with_suffix("")), "") for key in files}
+        told = {row[0]: row[1].strip() for row in csv.reader(file) if len(row) > 1}
+    texts = {}
+    for key in files:
+        bare = str(Path(key).with_suffix(""))
+        texts[key] = told.get(key) or told.get(bare, "")
     missing = [key for key in files if not texts[key]]
     if missing:
         fail(f"{len(missing)} of {len(files)} videos have no caption in '{captions}', the first is "

@@ -173,7 +173,8 @@ class MetaWorld(World):
             env.model.light_castshadow[:] = 0
             env.model.mat_reflectance[:] = 0
         env.model.cam_pos[env.model.camera("corner4").id] = [0.75, 0.075, 0.7]
-        bodies = [env.model.body(i).name for i in env.model.body_rootid[env.model.geom_bodyid]]
+        of_geoms = env.model.body_rootid[env.model.geom_bodyid]
+        bodies = [env.model.body(i).name for i in of_geoms]
         self.scenery_geoms = np.flatnonzero(np.isin(bodies, self.scenery))
         self.renderers = {}
 
@@ -533,14 +534,16 @@ def recorded_episode(task: str, seed: int, cfg: Config, spec: dict | None):
     plan = spec and Plan(world, task, seed, cfg, spec, policy_rng)
     distractions = distractions_of(task, seed, cfg.camera, cfg)
     push, steps, finished = np.zeros(world.action_dim), [], None
+    fresh = cfg.noise * math.sqrt(1 - 0.9 ** 2)                         # of each step's push
     world.reset(seed)
     while len(steps) < cfg.max_steps and not world.over:
         draw = rng.standard_normal(world.action_dim) * world.pushed
-        push = 0.9 * push + cfg.noise * math.sqrt(1 - 0.9 ** 2) * draw
+        push = 0.9 * push + fresh * draw
         action = (yield from plan.action(len(steps))) if plan else world.expert()
         executed = np.clip(action + push, world.low, world.high)
-        pictures = [png_of(view(world, camera, cfg.image_size, distraction, len(steps)))
-                    for camera, distraction in distractions.items()]
+        seen = [view(world, camera, cfg.image_size, distraction, len(steps))
+                for camera, distraction in distractions.items()]
+        pictures = [png_of(image) for image in seen]
         state = world.state
         reward, success = world.step(executed)
         steps.append((pictures, state, action, executed, reward))
@@ -681,10 +684,12 @@ def predictions(cfg: Config, policy: Tested, loader) -> dict[tuple, tuple]:
         new = {text: text for text in texts if text not in policy.tokens}
         policy.tokens.update(tokenize(policy.folder, policy.spec, new) if new else {})
         noise = rng.standard_normal(shape, np.float32)
-        pictures, state = batch["frames"][:, :1].numpy(), batch["state"].numpy()
+        pictures = batch["frames"][:, :1].numpy()
+        state = batch["state"].numpy()
         chunks = policy.act(texts, list(zip(pictures, state, noise)))
         keys = zip(batch["episode"].tolist(), batch["step"].tolist())
-        true, mask = batch["actions"].numpy(), batch["action_mask"].numpy()
+        true = batch["actions"].numpy()
+        mask = batch["action_mask"].numpy()
         for key, *row in zip(keys, chunks, true, mask):
             if key in rows or len(episodes | {key[0]}) > cfg.episodes:
                 return dict(sorted(rows.items()))           # the loader has come round, or enough
@@ -1532,7 +1537,8 @@ def begin(cfg: Config, tested: list[Tested]) -> dict[tuple, dict]:
     now = json.loads(json.dumps(now))
     if cfg.resume and path.exists():
         was = json.loads(path.read_text())
-        values = {key: (was.get(key), now.get(key)) for key in {**was, **now}}
+        keys = was | now
+        values = {key: (was.get(key), now.get(key)) for key in keys}
         differ = [f"{key} was {before!r}, is {here!r}" for key, (before, here) in values.items()
                   if before != here]
         if differ:
@@ -1675,7 +1681,7 @@ def tabulate(found: dict[str, list[dict]]) -> dict:
     `between_seeds` is the deviation of training seeds' rates, `of_episodes` the standard error of
     the rate from the choice of episodes alone. None: no episode has ended that would tell.
     """
-    success = {name: np.stack(list(map(outcomes, runs))) for name, runs in found.items()}
+    success = {name: np.stack([outcomes(run) for run in runs]) for name, runs in found.items()}
     drawn, base, table = bootstrap(success), next(iter(found)), {}
     for name, x in success.items():
         runs, rows = found[name], {}
@@ -1685,8 +1691,10 @@ def tabulate(found: dict[str, list[dict]]) -> dict:
             if name != base:
                 rate, other = row["rate"], table[base]["tasks"][task]["rate"]
                 less = drawn[name][:, i] - drawn[base][:, i]
-                row["difference"] = None if None in (rate, other) else (
-                    rate - other, *np.nanquantile(less, [0.025, 0.975]))
+                row["difference"] = None
+                if None not in (rate, other):
+                    interval = np.nanquantile(less, [0.025, 0.975])
+                    row["difference"] = rate - other, *interval
         each = [rates(run[None])[-1] for run in x if np.isfinite(run).any()]
         table[name] = dict(
             tasks=rows, training_seeds=each, of_episodes=error_of_episodes(x),
@@ -1776,7 +1784,8 @@ def lines_of(table: dict, found: dict[str, list[dict]]) -> list[str]:
     """The table as text, a column an arm; then what crashed, and which episodes these are."""
     rows = cells_of(table)
     widths = [max(map(len, column)) + 2 for column in zip(*rows)]
-    rows = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in rows]
+    padded = [zip(row, widths) for row in rows]
+    rows = [[cell.ljust(width) for cell, width in row] for row in padded]
     lines = ["".join(row).rstrip() for row in rows]
     for name, arm in table.items():
         lines += [f"crashed in {name}: {task} at seed {seed}" for task, seed in arm["crashed"]]
@@ -1797,7 +1806,8 @@ def cells_of(table: dict) -> list[list[str]]:
     runs = [arm["runs"][0] for arm in arms]
     rows = [["success rate [95% interval]", *table]]
     for task in tasks:
-        cells = [estimate(*map(arm["tasks"][task].get, ("rate", "low", "high"))) for arm in arms]
+        its = [arm["tasks"][task] for arm in arms]
+        cells = [estimate(row["rate"], row["low"], row["high"]) for row in its]
         rows.append([f"{task} ({tasks[task]['episodes']})", *cells])
     if len(arms) > 1:
         less = [arm["tasks"]["all"]["difference"] or [None] * 3 for arm in arms[1:]]
