@@ -1307,9 +1307,8 @@ def glance(name: str, builder, shards: list, entry: Entry, features: dict) -> tu
     if not any(length for length, _, _ in seen):
         fail(f"dataset '{name}' has no readable episode in its {len(shards)} files, the first is "
              f"'{shards[0].filename}'")
-    lengths, sizes, fit = zip(*seen)
-    kinds = int, float, bool
-    found = tuple([kind(x) for x in column] for kind, column in zip(kinds, (lengths, sizes, fit)))
+    columns = zip((int, float, bool), zip(*seen))               # lengths, sizes, fit
+    found = tuple([kind(x) for x in column] for kind, column in columns)
     remember(found)
     return found
 

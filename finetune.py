@@ -758,7 +758,7 @@ class KernelRidge:
     """
 
     most = 2048                                                         # rows that it is fitted on
-    linear = 0.3                                                        # share of the linear part
+    linear = 0.3                                            # weight of the linear part, beside 1
 
     def __init__(self, features: list, y: torch.Tensor, episode: np.ndarray):
         rows = np.random.default_rng(0).permutation(len(y))[:self.most]
@@ -2852,10 +2852,11 @@ if __name__ == "lerobot_policy_nanolapa":                   # as which policy/le
 
         def stage(self) -> tuple[Config, dict]:
             """finetune.py's settings, and stage 2's manifest where it trains from one."""
-            if unknown := set(self.settings) - {f.name for f in fields(Config)}:
+            known = {f.name for f in fields(Config)} - {"steps", "final_lr"}    # LeRobot's own
+            if unknown := set(self.settings) - known:
                 fail(f"--policy.settings has {sorted(unknown)[0]!r}, which the installed "
-                     f"lerobot_policy_nanolapa does not know")
-            cfg = Config(**{"steps": 10 ** 9, **self.settings})             # LeRobot counts its own
+                     f"lerobot_policy_nanolapa does not take")
+            cfg = Config(**self.settings)
             if cfg.head == "latent":
                 fail("--policy.settings: head 'latent' needs stage 2's folder wherever it runs; "
                      "give another head")

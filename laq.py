@@ -462,7 +462,7 @@ class Residual(nn.Module):
 
 
 def level(channels_in: int, channels: int, stride: int = 2) -> nn.Sequential:
-    """Halves the side."""
+    """Divides the side by the stride."""
     down = nn.Conv2d(channels_in, channels, 3, stride, padding=1)
     return nn.Sequential(down, Residual(channels), Residual(channels))
 
@@ -1003,7 +1003,7 @@ class KernelRidge:
     """
 
     most = 2048                                                         # rows that it is fitted on
-    linear = 0.3                                                        # share of the linear part
+    linear = 0.3                                            # weight of the linear part, beside 1
 
     def __init__(self, features: list, y: torch.Tensor, episode: np.ndarray):
         rows = np.random.default_rng(0).permutation(len(y))[:self.most]

@@ -27,6 +27,7 @@ renderer crash in one process.
 classes. Letters: T time, C chunk, A action width, Ds state width.
 """
 import base64
+import bisect
 import contextlib
 import hashlib
 import html
@@ -83,11 +84,13 @@ class Config:
     seed: int = 0                           # block of 10,000 environment seeds
     workers: int = 0                        # simulation processes; 0: one a core, if memory allows
 
-    # evaluation
+    # policies
     policy: tuple[str, ...] = ()            # folders, or NAME=FOLDER[,FOLDER...]; none: stage 3's
-    out: str = ""                           # where results go; none: runs/rollout, runs/compare
     replan: int = 0                         # actions executed of each predicted chunk; 0: all
     ensemble: float | None = None           # averages overlapping chunks; how their weights decay
+
+    # evaluation
+    out: str = ""                           # where results go; none: runs/rollout, runs/compare
     check: Literal["", "scrambled", "blind", "replay"] = ""     # told wrongly, black, recorded
     resume: bool = False                    # keep the episodes of an interrupted evaluation in OUT
     compare: tuple[str, ...] = ()           # finished evaluations NAME=FOLDER[,FOLDER...]
@@ -576,9 +579,8 @@ def record(cfg: Config):
     told = {"success": "episode_metadata/success"} if cfg.keep == "all" else {}
     frame = f"{cfg.image_size}x{cfg.image_size} png"
     entry = Entry(frame=frame, **world.entry, **told)
-    tries = 1 if cfg.keep == "all" else TRIES
     block = range(cfg.seed * SEEDS, (cfg.seed + 1) * SEEDS)
-    starts = [(task, block[i::cfg.episodes][:tries])
+    starts = [(task, block[i::cfg.episodes][:TRIES])
               for i in range(cfg.episodes) for task in cfg.tasks]
     steps, began = 0, time.time()
     with EpisodeWriter(cfg.data, name, entry, cfg.image_size, cfg.camera[1:],
@@ -772,6 +774,9 @@ def check(cfg: Config):
     if min(cfg.replan, cfg.workers, cfg.noise) < 0:
         fail(f"--replan {cfg.replan}, --workers {cfg.workers} and --noise {cfg.noise} must not be "
              f"negative")
+    if cfg.record and not cfg.policy and (cfg.replan or cfg.ensemble is not None):
+        fail("--replan and --ensemble say how chunks are executed, the expert has none; give "
+             "--policy, or leave them out")
     if cfg.record and cfg.check:
         fail(f"--check {cfg.check} is of evaluations, not of recordings")
     if cfg.record and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -852,11 +857,12 @@ def what_is_left(starts: list[tuple], kept: list[dict], tasks: tuple) -> tuple[l
 def tell_rates(tally: dict[str, Tally], cfg: Config):
     """Names the tasks that have fewer episodes than asked for; exits where there is none at all."""
     for task, t in tally.items():
-        told = f"{who(cfg)} succeeded at {t.succeeded} of {t.tried} starts of '{task}'"
+        ended = t.tried - t.crashed
+        told = f"{who(cfg)} succeeded at {t.succeeded} of {ended} starts of '{task}'"
         if cfg.keep == "all":
             print(f"rollout: {told}")
         elif t.kept < cfg.episodes:
-            rate = t.succeeded / t.tried
+            rate = t.succeeded / max(1, ended)
             print(f"rollout: {told} ({rate:.2f}), so it has {t.kept} of {cfg.episodes} episodes; "
                   f"lower --noise {cfg.noise} or leave the task out", file=sys.stderr)
     if not any(t.kept for t in tally.values()):
@@ -1168,7 +1174,8 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int, label: str = "roll
     The episodes of a worker that dies run once more, each alone in its worker; one whose worker
     dies again has the result "crashed": True. Where the first three of a `new` run do, it exits.
     """
-    jobs, queue = dict(jobs), Queue(jobs, in_order=another is not None)
+    most = ENVIRONMENTS if act else 1                       # one waits while others are answered
+    jobs, queue = dict(jobs), Queue(jobs, most, in_order=another is not None)
     crew = [Worker() for _ in range(min(workers, len(jobs)))]
     crashed = 0
     bar = tqdm(total=len(jobs), desc=label, unit="episode", mininterval=2,
@@ -1192,7 +1199,7 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int, label: str = "roll
                              f"twice, see above")
                     if instead:
                         jobs |= instead
-                        queue.put_first(*instead)
+                        queue.put(*instead)
                         continue
                     bar.update()
                     yield key, result
@@ -1238,20 +1245,21 @@ def heard(worker: Worker, crew: list[Worker], queue: "Queue", workers: int):
 
 class Queue:
     """Episodes that have not begun. left: {task: [key, ...]}; again: those to be run alone; deaths:
-    how often each took its process down."""
+    how often each took its process down. most: that a worker has under way."""
 
-    def __init__(self, keys, in_order: bool):
-        self.left, self.again, self.deaths, self.in_order = {}, [], Counter(), in_order
+    def __init__(self, keys, most: int, in_order: bool):
+        self.left, self.again, self.deaths = {}, [], Counter()
+        self.most, self.in_order = most, in_order
         for key in keys:
             self.left.setdefault(key[1], []).append(key)
 
-    def put_first(self, key: tuple):
-        self.left[key[1]].insert(0, key)
+    def put(self, key: tuple):
+        bisect.insort(self.left[key[1]], key)
 
     def take(self, worker: Worker, crew: list[Worker]) -> tuple | None:
         """The episode that a worker begins now; None: none."""
         alone = any(self.deaths[key] for key in worker.running)
-        if alone or len(worker.running) == ENVIRONMENTS:
+        if alone or len(worker.running) == self.most:
             return None
         if self.again:
             return None if worker.running else self.again.pop(0)

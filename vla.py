@@ -177,12 +177,18 @@ class LatentPolicy(nn.Module):
         return self.trunk.layers()
 
     def load_state_dict(self, state: dict, **options):
-        """Exits where a checkpoint is of another labeller, which its codes tell."""
-        mine = getattr(self.target, "codebook", None)                   # (S, K, D)
-        its = state.get("target.codebook", mine)
-        if mine is not None and not torch.equal(its.to(mine), mine):
-            fail(f"the checkpoint's codebook, {tuple(its.shape)}, is not that of --laq-ckpt, "
-                 f"{tuple(mine.shape)}; go on with the labeller that the run began with")
+        """Exits where a checkpoint is of another labeller, which its codes tell, or of latents or
+        actions of another width."""
+        buffers = dict(self.target.named_buffers())
+        name = "codebook" if "codebook" in buffers else next(iter(buffers))
+        mine = buffers[name]
+        its = state.get(f"target.{name}", mine)
+        same = its.shape == mine.shape
+        if name == "codebook":
+            same = torch.equal(its.to(mine), mine)
+        if not same:
+            fail(f"the checkpoint's {name}, {tuple(its.shape)}, is not that of --laq-ckpt or "
+                 f"--mix, {tuple(mine.shape)}; go on with those that the run began with")
         return super().load_state_dict(state, **options)
 
     def code_scores(self, prediction):
@@ -919,9 +925,11 @@ def report_card(first: dict, last: dict) -> str:
     checks = [verdict(last),
               (last["target_r2"] > 0.02, f"R2 of the target {last['target_r2']:.2f} (above .02)")]
     if "accuracy" in last:
-        mine, other = last["accuracy"], last["accuracy_instruction_only"]
-        checks.append((mine > other, f"nearest-code accuracy {mine:.3f} (the instruction with "
-                       f"another sample's picture {other:.3f})"))
+        mine, majority = last["accuracy"], last["accuracy_majority"]
+        other = last["accuracy_instruction_only"]
+        checks.append((mine > max(majority, other),
+                       f"nearest-code accuracy {mine:.3f} (majority code {majority:.3f}, the "
+                       f"instruction with another sample's picture {other:.3f})"))
     if "action_r2_few_readout" in last:
         names = "action_r2_few_readout", "action_r2_few_prediction"
         mine, before = (max(m[name] for name in names) for m in (last, first))
@@ -1232,7 +1240,7 @@ class KernelRidge:
     """
 
     most = 2048                                                         # rows that it is fitted on
-    linear = 0.3                                                        # share of the linear part
+    linear = 0.3                                            # weight of the linear part, beside 1
 
     def __init__(self, features: list, y: torch.Tensor, episode: np.ndarray):
         rows = np.random.default_rng(0).permutation(len(y))[:self.most]

@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 smoke=
 if [ "${1:-}" = --smoke ]; then smoke=yes OUT=${OUT:-runs/ladder_smoke}; shift; fi
 how=${1:-}
-[ "$how" = --slurm ] && [ -z "$smoke" ] || source sbatch/env.sh         # else the jobs have their own
+if [ "$how" != --slurm ] || [ -n "$smoke" ]; then source sbatch/env.sh; fi      # a cluster has its own
 OUT=${OUT:-runs/ladder} DATA=${DATA:-data} LAQ=${LAQ:-runs/laq/laq.pt2}
 ONE=${ONE:-bridge} THREE=${THREE:-bridge,fractal20220817_data,droid} MIX=${MIX:-oxe29}
 RATES=${RATES:-1e-3 3e-4 1e-4 3e-5}

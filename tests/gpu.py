@@ -133,7 +133,7 @@ def bench(*chosen):
         stage_name, *flags = BENCHES[name]
         stage = importlib.import_module(stage_name)
         cfg = tyro.cli(stage.Config, args=[
-            *flags, "--out", f"/tmp/bench/{name.replace(' ', '_')}", "--overwrite",
+            *flags, "--out", f"runs/bench/{name.replace(' ', '_')}", "--overwrite",
             "--eval-batches", "1", "--steps", "1000"])
         rows, began = [], time.time()
 

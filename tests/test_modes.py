@@ -155,6 +155,10 @@ def test_a_checkpoint_of_another_labeller_is_one_line():
         model.target.codebook += 1
         with pytest.raises(SystemExit, match=r"codebook, .* is not that of --laq-ckpt"):
             model.load_state_dict(state)
+    state = mode_of("actions").state_dict()
+    state["target.offset"] = state["target.offset"][..., 1:]
+    with pytest.raises(SystemExit, match=r"offset, .* is not that of --laq-ckpt or --mix"):
+        mode_of("actions").load_state_dict(state)
 
 
 @pytest.mark.parametrize("name", MODES)

@@ -154,6 +154,8 @@ def test_a_model_that_ignores_the_picture_is_found_out():
     assert not good and text == ("worse than the majority code on 1 of 2 datasets (untold): "
                                  "pretraining on these would hurt")
     assert f"FAIL  {text}" in vla.report_card(m, m)
+    as_good = m | {"accuracy": m["accuracy_majority"], "accuracy_instruction_only": 0.0}
+    assert "FAIL  nearest-code accuracy" in vla.report_card(as_good, as_good), "is not learning"
     assert len(vla.table_of(m)) == 3 and vla.table_of(m)[2].startswith("untold")
     again = evaluate()
     assert again["accuracy_trend"] == again["accuracy_trend_low"] == 0
