@@ -500,9 +500,10 @@ class Loader:
 
 
 def check(cfg: DataConfig, batch_size, chunk, min_motion, image_size, horizon_s, cameras):
-    if cfg.resize not in ("cpu", "gpu") or cfg.weights not in ("given", "equal", "proportionate"):
-        fail(f"resize '{cfg.resize}' must be cpu or gpu, weights '{cfg.weights}' given, equal or "
-             f"proportionate")
+    if cfg.resize not in ("cpu", "gpu"):
+        fail(f"resize '{cfg.resize}' must be cpu or gpu")
+    if cfg.weights not in ("given", "equal", "proportionate"):
+        fail(f"weights '{cfg.weights}' must be given, equal or proportionate")
     for name in ("pairs_per_episode", "episodes_per_task", "threads"):
         if getattr(cfg, name) < 0:
             fail(f"{name} {getattr(cfg, name)} must not be negative")
@@ -1455,7 +1456,9 @@ def parse_mix(mix: str) -> dict[str, tuple[float, str]]:
         for member, (own, published) in members.items():
             if member in out:
                 fail(f"dataset '{member}' stands twice in mix '{mix}'")
-            out[member] = value * own, name if name in PUBLISHED else published
+            if name in PUBLISHED:
+                published = name
+            out[member] = value * own, published
     return out
 
 
