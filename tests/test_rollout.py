@@ -71,15 +71,18 @@ def test_an_evaluation_outlives_a_simulator_and_an_interruption(stages, tmp_path
             "--max-steps", 24, "--workers", 2, "--episodes"]
     process, log = start("rollout.py", *args, 30), tmp_path / "out/episodes_0.jsonl"
 
+    def ended():
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
     def wait_for(lines):
-        while not log.exists() or len(log.read_text().splitlines()) < lines:
+        while ended() < lines:
             assert process.poll() is None
             time.sleep(0.02)
     wait_for(1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [x for x in children if "spawn_main" in Path(f"/proc/{x}/cmdline").read_text()]
     os.kill(int(workers[-1]), signal.SIGKILL)
-    wait_for(20)
+    wait_for(max(20, ended() + 8))                          # after which its death has been told
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in err
