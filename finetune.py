@@ -2852,16 +2852,16 @@ if __name__ == "lerobot_policy_nanolapa":                   # as which policy/le
 
         def stage(self) -> tuple[Config, dict]:
             """finetune.py's settings, and stage 2's manifest where it trains from one."""
-            known = {f.name for f in fields(Config)} - {"steps", "final_lr"}    # LeRobot's own
-            if unknown := set(self.settings) - known:
-                fail(f"--policy.settings has {sorted(unknown)[0]!r}, which the installed "
-                     f"lerobot_policy_nanolapa does not take")
+            if unknown := set(self.settings) - {f.name for f in fields(Config)}:
+                fail(f"--policy.settings has {sorted(unknown)[0]!r}, unknown to this plugin")
             cfg = Config(**self.settings)
             if cfg.head == "latent":
                 fail("--policy.settings: head 'latent' needs stage 2's folder wherever it runs; "
                      "give another head")
             if self.pretrained_path:
                 return cfg, {}
+            if cfg.final_lr:
+                fail(f"--policy.settings: final_lr {cfg.final_lr}, but LeRobot's cosine ends at 0")
             if cfg.head == "bins":
                 fail("--policy.settings: head 'bins' divides percentiles, which LeRobot's datasets "
                      "do not have; give another head")
