@@ -2856,8 +2856,7 @@ if __name__ == "lerobot_policy_nanolapa":                   # as which policy/le
                 fail(f"--policy.settings has {sorted(unknown)[0]!r}, unknown to this plugin")
             cfg = Config(**self.settings)
             if cfg.head == "latent":
-                fail("--policy.settings: head 'latent' needs stage 2's folder wherever it runs; "
-                     "give another head")
+                fail("--policy.settings: head 'latent' needs stage 2's folder; give another head")
             if self.pretrained_path:
                 return cfg, {}
             if cfg.final_lr:
