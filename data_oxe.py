@@ -162,11 +162,13 @@ class Loader:
     `frames`, for statistics; resize 'gpu' hands over the decoded size and leaves resizing to to().
     horizon_s: seconds between the frames (None: each dataset's own offset; 0: the same frame twice,
     for policies). consecutive: frame pairs of a sample, (t, t+k), (t+k, t+2k) ..., all within the
-    episode; frames are then (B, 1 + consecutive, H, W, 3). chunk: C. min_motion: drops pairs whose
-    16x16 thumbnails differ by less, mean absolute difference in grey levels. demonstrations: leaves
-    out episodes without an instruction, where the dataset has them, and failed ones, where it says
-    so. fraction: share of each dataset's episodes of train, the same choice on all ranks and with
-    any seed; a smaller one is a part of it. cameras: N, how many a sample shows, see `views`.
+    episode; frames are then (B, 1 + consecutive, H, W, 3). follow: frames after these, k apart and
+    in `frames` too; beyond the episode's end they are its last. chunk: C. min_motion: drops pairs
+    whose 16x16 thumbnails differ by less, mean absolute difference in grey levels. demonstrations:
+    leaves out episodes without an instruction, where the dataset has them, and failed ones, where
+    it says so. fraction: share of each dataset's episodes of train, the same choice on all ranks
+    and with any seed; a smaller one is a part of it. cameras: N, how many a sample shows, see
+    `views`.
     shuffle_mb: instead of cfg's.
     Ranks get disjoint episodes of train; val is the same on every rank. Errors of data and
     arguments exit with one line.
@@ -175,16 +177,17 @@ class Loader:
     def __init__(self, cfg: DataConfig, split: str, batch_size: int, image_size: int, *,
                  horizon_s: float | None = None, chunk: int = 1, min_motion: float = 0.0,
                  demonstrations: bool = True, shuffle_mb: float | None = None, seed: int = 0,
-                 rank: int = 0, world: int = 1, consecutive: int = 1, fraction: float = 1.0,
-                 cameras: int = 1):
+                 rank: int = 0, world: int = 1, consecutive: int = 1, follow: int = 0,
+                 fraction: float = 1.0, cameras: int = 1):
         check(cfg, batch_size, chunk, min_motion, image_size, horizon_s, cameras)
         self.cfg, self.batch_size, self.image_size, self.chunk = cfg, batch_size, image_size, chunk
         self.min_motion, self.demonstrations = min_motion, demonstrations
         self.consecutive, self.views = consecutive, cameras - 1
+        self.shown = 1 + consecutive + follow                   # frames of a sample
         self.threads = cfg.threads or threads_here()
         plan_of = partial(make_plan, cfg, split=split, horizon_s=horizon_s, consecutive=consecutive,
-                          demonstrations=demonstrations, fraction=fraction, cameras=cameras,
-                          rank=rank, world=world)
+                          follow=follow, demonstrations=demonstrations, fraction=fraction,
+                          cameras=cameras, rank=rank, world=world)
         self.plans = [plan_of(name) for name in parse_mix(cfg.mix)]
         self.describe_mix()
         self.faults = Faults(self.plans, cfg.max_bad)
@@ -352,16 +355,14 @@ class Loader:
     def decoded(self, pair: dict) -> dict:
         """Last stage of the pipeline, in parallel: one encoded pair -> its frames."""
         pair = dict(pair)
-        images = tf.unstack(pair.pop("images"), 1 + self.consecutive + self.views)
-        frames = 1 + self.consecutive
-        images, views = images[:frames], images[frames:]
+        images = tf.unstack(pair.pop("images"), self.shown + self.views)
+        images, views = images[:self.shown], images[self.shown:]
         if not self.image_size:
             return pair
         if views:
             pair["views"] = tf.stack([self.view(encoded) for encoded in views])
         if all(plan.offset == 0 for plan in self.plans):
-            frame = self.picture(images[0])
-            frames = tf.stack([frame, frame])                   # (2, h, w, 3)
+            frames = tf.stack([self.picture(images[0])] * self.shown)
         else:
             frames = tf.stack([self.picture(image) for image in images])
         if self.min_motion:
@@ -422,7 +423,7 @@ class Loader:
         if "frames" in item:
             frames = item["frames"]
             if "size" in item:
-                frames = unpadded(frames, item["size"], 1 + self.consecutive)
+                frames = unpadded(frames, item["size"], self.shown)
             batch["frames"] = frames
             batch |= {"views": item["views"]} if self.views else {}
             bgr = np.array([plan.entry.bgr for plan in self.plans])
@@ -554,7 +555,7 @@ class Sampler:
 
     def __init__(self, loader: Loader):
         self.chunk, self.pairs = loader.chunk, loader.cfg.pairs_per_episode
-        self.consecutive = loader.consecutive
+        self.consecutive, self.shown = loader.consecutive, loader.shown
         self.width, self.seed = max(1, loader.action_dim), loader.seed
         self.report = loader.faults.report
         plans = loader.plans
@@ -567,15 +568,15 @@ class Sampler:
     def sample(self, episode: dict) -> dict:
         """An episode as Reader gives it -> n encoded pairs; n is 0 where it is not used.
 
-        "images" (n, 1 + consecutive + N-1): frames t, t+k ..., then further cameras at t; "text"
-        (n,); "floats" (n, C*A + A + Ds): actions, action_sum, state, in one tensor, as tf.data
+        "images" (n, frames + N-1): frames t, t+k ..., then further cameras at t; "text" (n,);
+        "floats" (n, C*A + A + Ds): actions, action_sum, state, in one tensor, as tf.data
         charges by the tensor; "integers" int64 (n, 4): dataset, episode, t, steps left.
         """
         dataset, images = episode["dataset"], episode["images"]
         k, skip = self.offset[dataset], self.skip[dataset]
         T = tf.shape(images)[0]
-        moments = k * tf.range(1 + self.consecutive)            # 0, k, 2k ...
-        usable = self.usable(episode, T - moments[-1] - skip)   # starts t whose last frame is there
+        moments = k * tf.range(self.shown)                      # 0, k, 2k ...
+        usable = self.usable(episode, T - k * self.consecutive - skip)  # starts t of whole pairs
         t = skip + self.starts(dataset, episode["draw"], usable)                    # (n,)
         n, C = tf.shape(t)[0], self.chunk
 
@@ -586,7 +587,7 @@ class Sampler:
         state = tf.gather(episode["state"], t)                                      # (n, Ds)
         same = [tf.fill([n], x) for x in (dataset, episode["episode"])]
         integers = [*same, tf.cast(t, tf.int64), tf.cast(T - t, tf.int64)]
-        frames = tf.gather(images, t[:, None] + moments)
+        frames = tf.gather(images, tf.minimum(t[:, None] + moments, T - 1))
         pictures = [frames, tf.gather(episode["views"], t)]
         return {"images": tf.concat(pictures, 1), "text": tf.fill([n], episode["text"]),
                 "floats": tf.concat([actions, motion, state], 1),
@@ -1140,7 +1141,8 @@ class Plan:
 
 
 def make_plan(cfg: DataConfig, name: str, *, split: str, horizon_s: float | None, consecutive: int,
-              demonstrations: bool, fraction: float, cameras: int, rank: int, world: int) -> Plan:
+              follow: int, demonstrations: bool, fraction: float, cameras: int, rank: int,
+              world: int) -> Plan:
     """One dataset of the mix, from its metadata: which episodes, which features, how far apart."""
     entry = find_entry(cfg.data, name)
     builder = open_builder(cfg.data, name, entry)
@@ -1167,7 +1169,7 @@ def make_plan(cfg: DataConfig, name: str, *, split: str, horizon_s: float | None
     info = builder.info.splits["train"]
     return Plan(name, entry, offset, files_of(shards, ids), features, counts, max(pairs, 0.1),
                 float(np.mean(lengths)) * counts["used"],
-                (1 + consecutive + len(views)) * float(np.mean(sizes)),
+                (1 + consecutive + follow + len(views)) * float(np.mean(sizes)),
                 [info.num_bytes, list(info.shard_lengths)])
 
 

@@ -435,10 +435,11 @@ HEADS = {"mlp": MLP, "expert": Expert, "flow": ActionFlow, "bins": Bins, "latent
 
 
 class Decoder:
-    """What labelled episodes say about video. decoder(batch of frame pairs) -> normalized action
-    chunks (B, C, A), by kernel ridge from the pairs' latents and the readouts of both frames, of
-    the trunk as it was before any step: that knows picture and instruction, before and after. Each
-    labelled pair is shown twice, as it is and shaken.
+    """What labelled episodes say about video. decoder(batch of frames t, t+k, t+2k) -> normalized
+    action chunks from t (B, C, A), by kernel ridge from the latents of both pairs, as a robot
+    follows its commands late, and the readouts of the first two frames, of the trunk as it was
+    before any step: that knows picture and instruction, before and after. Each labelled sample is
+    shown twice, as it is and shaken.
 
     metrics: held-out R2, beside that of pooled pixel differences in place of the latents and that
     of the first frame's readout alone.
@@ -452,8 +453,8 @@ class Decoder:
         self.trunk = shard(copy.deepcopy(model.trunk, shared).eval(), cfg)
         self.shape = cfg.chunk, model.action_dim
         load = partial(data_oxe.Loader, image_size=max(labeller.image_size, self.trunk.image_size),
-                       horizon_s=labeller.manifest["config"]["horizon_s"], chunk=cfg.chunk,
-                       fraction=cfg.label_fraction)
+                       horizon_s=labeller.manifest["config"]["horizon_s"], follow=1,
+                       chunk=cfg.chunk, fraction=cfg.label_fraction)
         pairs = max(8, KernelRidge.most // episodes)                    # of each; whole if few
         fit_loader = load(replace(cfg, pairs_per_episode=pairs), "train", 64, seed=2, shuffle_mb=8)
         labeller.check(cfg, fit_loader)
@@ -464,8 +465,9 @@ class Decoder:
                  f"episodes at least, --mix '{cfg.mix}' has fewer")
         val = self.collect(model, load(cfg, "val", 64, seed=1, shuffle_mb=8), cfg.eval_batches)
         maps, self.metrics = {}, {"rows": len(fit["chunk"])}
-        for name, features in {"": ("latent", "readout", "later_readout"),
-                               "_pooled_difference": ("pooled", "readout", "later_readout"),
+        readouts = "readout", "later_readout"
+        for name, features in {"": ("latent", "later_latent", *readouts),
+                               "_pooled_difference": ("pooled", "later_pooled", *readouts),
                                "_readout_alone": ("readout",)}.items():
             x, x_val = ([rows[feature] for feature in features] for rows in (fit, val))
             maps[name] = KernelRidge(x, fit["chunk"], fit["episode"])
@@ -479,10 +481,14 @@ class Decoder:
 
     @torch.no_grad()
     def features(self, batch: dict) -> dict:
-        codes, latents = self.labeller(batch["frames"])                 # (B, S), (B, S, D)
+        first, second = pairs_of(batch["frames"])
+        return {"latent": self.latent(first), "later_latent": self.latent(second),
+                "readout": self.readout(batch, 0), "later_readout": self.readout(batch, 1)}
+
+    def latent(self, pair):
+        codes, latents = self.labeller(pair)                            # (B, S), (B, S, D)
         latents = latents if self.targets == "vectors" else self.labeller.lookup(codes)
-        return {"latent": latents.flatten(1), "readout": self.readout(batch, 0),
-                "later_readout": self.readout(batch, 1)}
+        return latents.flatten(1)
 
     def readout(self, batch: dict, frame: int):
         images = data_oxe.resize_to(batch["frames"][:, frame], self.trunk.image_size)
@@ -509,12 +515,19 @@ class Decoder:
             episode = (batch["dataset"] * 1_000_003 + batch["episode"])[new]
             for frames in (tensors["frames"], *(change(tensors["frames"]) for change in changes)):
                 row = self.features({**tensors, "frames": frames})
-                row |= {"pooled": PooledDifference()(frames)[1].flatten(1),
+                first, second = pairs_of(frames)
+                row |= {"pooled": PooledDifference()(first)[1].flatten(1),
+                        "later_pooled": PooledDifference()(second)[1].flatten(1),
                         "chunk": model.normalized(tensors).flatten(1)}
                 row = {name: value[torch.from_numpy(new)] for name, value in row.items()}
                 rows.append(row | {"episode": episode})
         join = {name: torch.cat for name in rows[0]} | {"episode": np.concatenate}
         return {name: join[name]([row[name] for row in rows]) for name in join}
+
+
+def pairs_of(frames):
+    """(B, 3, H, W, 3) -> of frames t, t+k and of t+k, t+2k: (B, 2, H, W, 3) each."""
+    return frames[:, :2], frames[:, 1:]
 
 
 def shaken(frames, shift: float = 1 / 32, light: float = 0.1):
@@ -1145,7 +1158,7 @@ class Sources:
             every = replace(cfg, mix=cfg.video or cfg.mix, episodes_per_task=0)
             self.loaders.append(load(every, batch_size=video,
                                      image_size=max(image_size, labeller.image_size),
-                                     horizon_s=labeller.manifest["config"]["horizon_s"]))
+                                     horizon_s=labeller.manifest["config"]["horizon_s"], follow=1))
             if cfg.video:                                               # --mix: see Decoder
                 labeller.check(every, self.loaders[1])
 

@@ -206,7 +206,8 @@ def test_pairs_all_in_seconds_and_moving(tmp_path):
 
 
 def test_consecutive_pairs_stay_within_the_episode(tmp_path):
-    """Frames t, t+k, t+2k are those recorded; none is made up at the end."""
+    """Frames t, t+k, t+2k are those recorded; none is made up at the end. Only frames that follow
+    the pairs stop at the episode's last."""
     fake(tmp_path, "viola")  # 20 Hz, 12 steps
     for resize in ("cpu", "gpu"):
         options = dict(pairs_per_episode=0, horizon_s=0.15, val_fraction=0.0, resize=resize)
@@ -221,6 +222,12 @@ def test_consecutive_pairs_stay_within_the_episode(tmp_path):
         for batch in batches:
             for t, frames in zip(batch["step"], batch["frames"]):
                 assert np.array_equal(frames, [recorded[t + i] for i in (0, 3, 6)])
+        loader = loader_of(tmp_path, "viola", "train", 8, 24, follow=2, **options)
+        batches = take(loader, 9)
+        assert {int(t) for b in batches for t in b["step"]} == set(range(9))  # t + k < 12
+        for batch in batches:
+            for t, frames in zip(batch["step"], batch["frames"]):
+                assert np.array_equal(frames, [recorded[min(t + i, 11)] for i in (0, 3, 6, 9)])
     with pytest.raises(SystemExit, match="long enough for 4 frame pairs of 13 steps"):
         loader_of(tmp_path, "viola", "train", 8, 24, consecutive=4, **options)
 

@@ -198,8 +198,8 @@ def at_the_start(data):
     torch.manual_seed(0)
     trunk, tokenizer = finetune.load_trunk(finetune.Config())
     tokens, device = finetune.Tokens(tokenizer, 32), torch.device("cpu")
-    train, val = (data_oxe.Loader(cfg, split, 64, 64, horizon_s=0.0, chunk=cfg.chunk, seed=seed)
-                  for split, seed in (("train", 0), ("val", 1)))
+    train, val = (data_oxe.Loader(cfg, split, 64, 64, horizon_s=0.0, follow=1, chunk=cfg.chunk,
+                                  seed=seed) for split, seed in (("train", 0), ("val", 1)))
     model = finetune.make_model(cfg, trunk, tokens, train, device)
     return model, cfg, tokens, val, finetune.Nearest(train, device)
 
