@@ -31,7 +31,8 @@ def pack(*args):
     entry = data_oxe.find_entry(cfg.data, cfg.mix)
     out = {"entry": json.dumps(asdict(entry))}
     for split, count in (("train", 2560), ("val", 384)):
-        loader = data_oxe.Loader(replace(cfg, pairs_per_episode=16), split, 64, 64, chunk=CHUNK)
+        loader = data_oxe.Loader(replace(cfg, pairs_per_episode=16), split, 64, 64, chunk=CHUNK,
+                                 follow=1)
         batches = list(loader.peek(count // 64))
         for name in batches[0]:
             joined = np.concatenate([np.asarray(batch[name]) for batch in batches])
@@ -47,12 +48,12 @@ def without_tensorflow():
 
     class Packed(data_oxe.Loader):
         def __init__(self, cfg, split, batch_size, image_size, *, horizon_s=None, chunk=1, seed=0,
-                     rank=0, world=1, **others):
+                     rank=0, world=1, follow=0, **others):
             entry = data_oxe.Entry(**json.loads(str(packed["entry"])))
             rows = {name.partition("/")[2]: x for name, x in packed.items()
                     if name.startswith(split)}
-            if horizon_s == 0:
-                rows["frames"] = np.repeat(rows["frames"][:, :1], 2, 1)
+            moments = [0] * (2 + follow) if horizon_s == 0 else range(2 + follow)
+            rows["frames"] = rows["frames"][:, list(moments)]
             self.rows = {name: x[:, :chunk] if name in ("actions", "action_mask") else x
                          for name, x in rows.items()}
             self.batch_size, self.image_size, self.position = batch_size, image_size, (0, 0)
