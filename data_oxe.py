@@ -163,27 +163,29 @@ class Loader:
     horizon_s: seconds between the frames (None: each dataset's own offset; 0: the same frame twice,
     for policies). consecutive: frame pairs of a sample, (t, t+k), (t+k, t+2k) ..., all within the
     episode; frames are then (B, 1 + consecutive, H, W, 3). follow: frames after these, k apart and
-    in `frames` too; beyond the episode's end they are its last. chunk: C. min_motion: drops pairs
-    whose 16x16 thumbnails differ by less, mean absolute difference in grey levels. demonstrations:
-    leaves out episodes without an instruction, where the dataset has them, and failed ones, where
-    it says so. fraction: share of each dataset's episodes of train, the same choice on all ranks
-    and with any seed; a smaller one is a part of it. cameras: N, how many a sample shows, see
-    `views`.
+    in `frames` too; beyond the episode's end they are its last. chunk: C. executed: `actions` are
+    those that were done, where a dataset tells them from those that were meant. min_motion: drops
+    pairs whose 16x16 thumbnails differ by less, mean absolute difference in grey levels.
+    demonstrations: leaves out episodes without an instruction, where the dataset has them, and
+    failed ones, where it says so. fraction: share of each dataset's episodes of train, the same
+    choice on all ranks and with any seed; a smaller one is a part of it. cameras: N, how many a
+    sample shows, see `views`.
     shuffle_mb: instead of cfg's.
     Ranks get disjoint episodes of train; val is the same on every rank. Errors of data and
     arguments exit with one line.
     """
 
     def __init__(self, cfg: DataConfig, split: str, batch_size: int, image_size: int, *,
-                 horizon_s: float | None = None, chunk: int = 1, min_motion: float = 0.0,
-                 demonstrations: bool = True, shuffle_mb: float | None = None, seed: int = 0,
-                 rank: int = 0, world: int = 1, consecutive: int = 1, follow: int = 0,
-                 fraction: float = 1.0, cameras: int = 1):
+                 horizon_s: float | None = None, chunk: int = 1, executed: bool = False,
+                 min_motion: float = 0.0, demonstrations: bool = True,
+                 shuffle_mb: float | None = None, seed: int = 0, rank: int = 0, world: int = 1,
+                 consecutive: int = 1, follow: int = 0, fraction: float = 1.0, cameras: int = 1):
         check(cfg, batch_size, chunk, min_motion, image_size, horizon_s, cameras)
         self.cfg, self.batch_size, self.image_size, self.chunk = cfg, batch_size, image_size, chunk
         self.min_motion, self.demonstrations = min_motion, demonstrations
         self.consecutive, self.views = consecutive, cameras - 1
         self.shown = 1 + consecutive + follow                   # frames of a sample
+        self.actions = "executed" if executed else "action"     # what of an episode they are
         self.threads = cfg.threads or threads_here()
         plan_of = partial(make_plan, cfg, split=split, horizon_s=horizon_s, consecutive=consecutive,
                           follow=follow, demonstrations=demonstrations, fraction=fraction,
@@ -556,6 +558,7 @@ class Sampler:
     def __init__(self, loader: Loader):
         self.chunk, self.pairs = loader.chunk, loader.cfg.pairs_per_episode
         self.consecutive, self.shown = loader.consecutive, loader.shown
+        self.actions = loader.actions
         self.width, self.seed = max(1, loader.action_dim), loader.seed
         self.report = loader.faults.report
         plans = loader.plans
@@ -581,7 +584,7 @@ class Sampler:
         n, C = tf.shape(t)[0], self.chunk
 
         steps = t[:, None] + tf.range(C)[None]                                      # (n, C)
-        actions = tf.gather(episode["action"], tf.minimum(steps, T - 1))            # (n, C, A)
+        actions = tf.gather(episode[self.actions], tf.minimum(steps, T - 1))        # (n, C, A)
         actions = tf.reshape(actions, [n, C * self.width])
         motion = self.accumulated(episode["executed"], dataset, t, k)               # (n, A)
         state = tf.gather(episode["state"], t)                                      # (n, Ds)

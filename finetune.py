@@ -454,7 +454,7 @@ class Decoder:
         self.shape = cfg.chunk, model.action_dim
         load = partial(data_oxe.Loader, image_size=max(labeller.image_size, self.trunk.image_size),
                        horizon_s=labeller.manifest["config"]["horizon_s"], follow=1,
-                       chunk=cfg.chunk, fraction=cfg.label_fraction)
+                       chunk=cfg.chunk, executed=True, fraction=cfg.label_fraction)
         pairs = max(8, KernelRidge.most // episodes)                    # of each; whole if few
         fit_loader = load(replace(cfg, pairs_per_episode=pairs), "train", 64, seed=2, shuffle_mb=8)
         labeller.check(cfg, fit_loader)
@@ -1286,14 +1286,41 @@ class Labeller:
     def __init__(self, program, manifest: dict, codebook: torch.Tensor):
         self.program, self.manifest, self.codebook = program, manifest, codebook
         self.image_size = manifest["image_size"]
+        self.graphs = {}                                                # by the frames' shape
 
     def __call__(self, frames):
+        frames = data_oxe.resize_to(frames, self.image_size)
+        if frames.device.type != "cuda":
+            return self.label(frames)
+        if frames.shape not in self.graphs:
+            self.graphs[frames.shape] = self.record(frames)
+        graph, given, labels = self.graphs[frames.shape]
+        given.copy_(frames)
+        graph.replay()
+        return tuple(x.clone() for x in labels)
+
+    def label(self, frames):
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")                   # near codes differ little
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            codes, *_, latents = self.program(data_oxe.resize_to(frames, self.image_size))
+            codes, *_, latents = self.program(frames)
         torch.set_float32_matmul_precision(precision)
         return codes, latents
+
+    @torch.no_grad()
+    def record(self, frames) -> tuple:
+        """A CUDA graph: one call starts all kernels, as a GPU is done with a small quantizer's
+        before Python has called them. -> it, and the tensors that it reads and writes"""
+        given, stream = frames.clone(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):                                          # what is done only once
+                self.label(given)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):    # the loader goes on
+            labels = self.label(given)
+        return graph, given, labels
 
     def lookup(self, codes):
         """The vectors of codes (B, S), (B, S, D)."""

@@ -232,7 +232,8 @@ def test_video_is_decoded(data, at_the_start, monkeypatch):
     for episode in tfds.builder_from_directory(
             str(data / "metaworld_corner4/1.0.0")).as_dataset(split="train"):
         steps = list(episode["steps"].as_numpy_iterator())
-        actions = np.stack([step["action"] for step in steps] + 8 * [steps[-1]["action"]])
+        done = [step["executed_action"] for step in steps]
+        actions = np.stack(done + 8 * [done[-1]])
         for t, step in enumerate(steps):
             chunks[step["observation"]["image"].tobytes()] = actions[t:t + 8].ravel()
 
