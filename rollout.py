@@ -152,6 +152,7 @@ class MetaWorld(World):
     pushed = np.array([1, 1, 1, 0])
     longest = 500
     scenery = "world", "tablelink", "RetainingWall"         # bodies: floor, table, walls
+    gl = context = None                     # of MuJoCo's renderer
     entry = dict(version="1.0.0", action="action:dddg", executed="executed_action:dddg",
                  state="observation/state:4", hz=80, offset=8)
 
@@ -179,7 +180,6 @@ class MetaWorld(World):
         of_geoms = env.model.body_rootid[env.model.geom_bodyid]
         bodies = [env.model.body(i).name for i in of_geoms]
         self.scenery_geoms = np.flatnonzero(np.isin(bodies, self.scenery))
-        self.renderers = {}
 
     def reset(self, seed: int):
         self.env.seed(seed)
@@ -205,28 +205,38 @@ class MetaWorld(World):
         return np.mean(parts, 0).round().astype(np.uint8)
 
     def background(self, size: int, camera: str) -> np.ndarray:
-        from mujoco import mjtObj
-        ids, kinds = np.moveaxis(self.render(size, camera, segmented=True), -1, 0)
-        scenery = (kinds == int(mjtObj.mjOBJ_GEOM)) & np.isin(ids, self.scenery_geoms)
-        scenery |= kinds == -1                              # nothing is there
-        return scenery.reshape(size, self.scale, size, self.scale).all((1, 3))
+        import mujoco
+        numbers = self.render(size, camera, segmented=True) @ [1, 2 ** 8, 2 ** 16]
+        scenery = np.ones(self.scene.ngeom + 1, bool)       # 0: nothing is there
+        for geom in self.scene.geoms[:self.scene.ngeom]:
+            of_model = geom.objtype == mujoco.mjtObj.mjOBJ_GEOM
+            scenery[geom.segid + 1] = of_model and geom.objid in self.scenery_geoms
+        return scenery[numbers].reshape(size, self.scale, size, self.scale).all((1, 3))
 
     def render(self, size: int, camera: str, segmented: bool = False) -> np.ndarray:
-        """A picture at `scale` times the size; `segmented`: id and kind of what is seen, (.., 2)"""
-        import mujoco
-        scale = self.scale
-        if size not in self.renderers:
-            buffer = self.env.model.vis.global_
-            buffer.offwidth = max(buffer.offwidth, scale * size)
-            buffer.offheight = max(buffer.offheight, scale * size)
-            self.renderers[size] = mujoco.Renderer(self.env.model, scale * size, scale * size)
-        renderer = self.renderers[size]
-        if segmented:
-            renderer.enable_segmentation_rendering()
-        renderer.update_scene(self.env.data, camera=camera)
-        x = renderer.render()[::-1, ::-1]                   # its cameras stand on their heads
-        renderer.disable_segmentation_rendering()
-        return x
+        """A picture at `scale` times the size; `segmented`: in place of colours the number of the
+        scene's part, lowest byte first."""
+        import mujoco as mj
+        model, side = self.env.model, self.scale * size
+        if not MetaWorld.gl:                # one for all worlds, a context for all sizes: ten times
+            MetaWorld.gl = mj.GLContext(side, side)         # faster than a Renderer for each of both
+            MetaWorld.gl.make_current()
+        if not self.context:
+            self.context = mj.MjrContext(model, mj.mjtFontScale.mjFONTSCALE_150)
+            self.scene = mj.MjvScene(model, maxgeom=10_000)
+        mj.mjr_setBuffer(mj.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        if side > min(self.context.offWidth, self.context.offHeight):
+            mj.mjr_resizeOffscreen(side, side, self.context)
+        eye = mj.MjvCamera()
+        eye.type, eye.fixedcamid = mj.mjtCamera.mjCAMERA_FIXED, model.camera(camera).id
+        mj.mjv_updateScene(model, self.env.data, mj.MjvOption(), None, eye, mj.mjtCatBit.mjCAT_ALL,
+                           self.scene)
+        for flag in (mj.mjtRndFlag.mjRND_SEGMENT, mj.mjtRndFlag.mjRND_IDCOLOR):
+            self.scene.flags[flag] = segmented
+        pixels, whole = np.empty((side, side, 3), np.uint8), mj.MjrRect(0, 0, side, side)
+        mj.mjr_render(whole, self.scene, self.context)
+        mj.mjr_readPixels(pixels, None, whole, self.context)
+        return pixels[:, ::-1]              # rows come from below, and cameras stand on their heads
 
 
 class Distraction:
@@ -309,11 +319,11 @@ def view(world: World, camera: str, size: int, distraction: Distraction, step: i
 
 
 # ------------------------------------------------------------ evaluation
-def episode(task: str, seed: int, cfg: Config, spec: dict, filmed: bool, recorded=None):
-    """One closed-loop episode, a generator as Plan.action, which returns the result; if filmed also
-    frames at 160 px, one every FILM steps and the last.
+def episode(task: str, seed: int, cfg: Config, spec: dict, video: tuple = (), recorded=None):
+    """One closed-loop episode, a generator as Plan.action, which returns the result.
 
-    spec: of load_manifest. recorded: actions (T, A) to execute instead of a policy's.
+    spec: of load_manifest. video: path and sentence of a GIF to write, with a frame of 160 px every
+    FILM steps and at the end. recorded: actions (T, A) to execute instead of a policy's.
     """
     world = world_at(cfg.world, task, cfg.stock)
     plan = Plan(world, task, seed, cfg, spec, np.random.default_rng(seed))
@@ -323,13 +333,14 @@ def episode(task: str, seed: int, cfg: Config, spec: dict, filmed: bool, recorde
     world.reset(seed)
     while steps < limit and not success and not world.over:
         action = (yield from plan.action(steps)) if recorded is None else recorded[steps]
-        if filmed and steps % FILM == 0:
+        if video and steps % FILM == 0:
             frames.append(film(steps))
         _, success = world.step(action)
         steps += 1
-    if filmed:
+    if video:
         frames.append(film(steps))
-    return dict(task=task, seed=seed, success=success, steps=steps, frames=frames)
+        write_video(*video, frames, success, steps)
+    return dict(task=task, seed=seed, success=success, steps=steps)
 
 
 class Plan:
@@ -447,10 +458,6 @@ def evaluate(cfg: Config):
         log.write("\n" if done else "")                     # the last line may be torn
         found = run_episodes(mine, partial(ask, tested), workers_here(cfg), new=not done)
         for key, result in found:
-            one = tested[key[0]]
-            if frames := result.pop("frames", None):
-                path = one.out / f"{result['task']}.gif"
-                write_video(path, frames, result, one.told[result["task"]])
             log.write(json.dumps({"policy": key[0], **result}) + "\n")
             log.flush()
     barrier()
@@ -485,8 +492,8 @@ def jobs_of(tested: list[Tested], cfg: Config) -> dict[tuple, tuple]:
         filmed = set()
         for task, seed in one.recorded or [(task, seed) for seed in seeds for task in cfg.tasks]:
             actions = one.recorded and one.recorded[task, seed]
-            job = episode, task, seed, cfg, one.spec, task not in filmed, actions
-            jobs[number, task, seed] = job
+            video = () if task in filmed else (one.out / f"{task}.gif", one.told[task])
+            jobs[number, task, seed] = episode, task, seed, cfg, one.spec, video, actions
             filmed.add(task)
     return jobs
 
@@ -1177,16 +1184,16 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int, label: str = "roll
     most = ENVIRONMENTS if act else 1                       # one waits while others are answered
     jobs, queue = dict(jobs), Queue(jobs, most, in_order=another is not None)
     crew = [Worker() for _ in range(min(workers, len(jobs)))]
-    crashed = 0
+    crashed, loaded = 0, False
     bar = tqdm(total=len(jobs), desc=label, unit="episode", mininterval=2,
                disable=int(os.environ.get("RANK", 0)) > 0)
     try:
-        if act and jobs:
-            act({})
         while jobs:
             for worker in crew:
                 while key := queue.take(worker, crew):
                     worker.begin(key, jobs[key])
+            if act and not loaded:
+                loaded = not act({})
             speak = wait([worker.connection for worker in crew])
             for worker in [worker for worker in crew if worker.connection in speak]:
                 for key, result in heard(worker, crew, queue, workers):
@@ -1211,6 +1218,8 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int, label: str = "roll
                         worker.tell(key, chunks[key])
     finally:
         bar.close()
+        for worker in crew:
+            worker.process.kill()
         for worker in crew:
             worker.end()
 
@@ -1589,13 +1598,13 @@ def read_episodes(out: Path) -> dict[tuple, dict]:
     return results
 
 
-def write_video(path: Path, frames: list, result: dict, sentence: str):
+def write_video(path: Path, sentence: str, frames: list, success: bool, steps: int):
     """A GIF at real speed that stands a while at the end; on each frame, uint8 (160, 160, 3), what
     the policy was told, the step and how it ends."""
-    outcome = "success" if result["success"] else "failure"
+    outcome = "success" if success else "failure"
     told, images = textwrap.fill(sentence, 26), []
     for i, frame in enumerate(frames):
-        step = min(FILM * i, result["steps"])
+        step = min(FILM * i, steps)
         text = f"{told}\nstep {step}, {outcome}"
         image = Image.fromarray(frame)
         ImageDraw.Draw(image).multiline_text((4, 3), text, fill=(255, 255, 255), stroke_width=1,
@@ -2015,25 +2024,25 @@ def warn(message: str):
 
 
 def run(cfg: Config):
-    """Runs main. Processes of torchrun end without destructors: gloo's joins threads that may wait
-    for the GIL, which it holds. One that fails does not wait for the others."""
-    code, alone = 0, int(os.environ.get("WORLD_SIZE", 1)) == 1
+    """Runs main and ends the process without destructors: torch's take a second, and gloo's joins
+    threads that may wait for the GIL, which it holds. One of several processes that fails does not
+    wait for the others."""
+    code = 0
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))     # ends workers
     try:
         main(cfg)
     except KeyboardInterrupt:
         print("rollout: stopped", file=sys.stderr)
         code = 128 + signal.SIGINT
-    except BaseException as error:
-        if alone:
-            raise
-        told = isinstance(error, SystemExit) and isinstance(error.code, str)
-        print(error.code if told else traceback.format_exc(), file=sys.stderr)
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        code = traceback.format_exc()
+    if isinstance(code, str):                               # or a signal's number
+        print(code, file=sys.stderr)
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    if alone:
-        raise SystemExit(code)
     os._exit(code)
 
 
