@@ -438,7 +438,8 @@ class Decoder:
     """What labelled episodes say about video. decoder(batch of frame pairs) -> normalized action
     chunks (B, C, A), by kernel ridge from the pairs' latents and the readouts of both frames, of
     the trunk as it was before any step: that knows picture and instruction, before and after. Each
-    labelled pair is shown twice, as it is and shaken.
+    labelled pair is shown twice, as it is and shaken. It looks from the first camera alone: with
+    further ones, which it has of the first frame, it read less, R2 .81 in place of .86.
 
     metrics: held-out R2, beside that of pooled pixel differences in place of the latents and that
     of the first frame's readout alone.

@@ -1,9 +1,12 @@
 """Several cameras all the way: recorded in one pass, learned from, and shown in closed loop."""
 import json
 
+import finetune
 import numpy as np
 import pytest
 import rollout
+import torch
+import tyro
 from common import TASKS, TINY, run_here
 from test_worlds import episodes_of, roll
 
@@ -15,7 +18,7 @@ def views(tmp_path_factory):
     roll(record=True, data=str(folder), episodes=4, tasks=(TASKS[0],), workers=1, seed=1,
          camera=("corner4", "topview"))
     run_here("finetune.py", "--data", folder, "--init", "none", "--episodes-per-task", 0,
-             "--out", folder / "ft", "--steps", 2, "--cameras", 2, "--laq-ckpt", "pooled", *TINY)
+             "--out", folder / "ft", "--steps", 2, "--cameras", 2, *TINY)
     return folder
 
 
@@ -41,3 +44,19 @@ def test_a_policy_is_shown_what_each_of_its_cameras_sees(views, tmp_path, monkey
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["tasks"]["all"]["episodes"] == 2
     assert results["policy_manifest"]["views"] == ["corner4", "topview"]
+
+
+def test_video_is_learned_from_with_all_cameras(views):
+    """Of the moment of the pair's first frame; the labeller's pair is of the first camera."""
+    cfg = tyro.cli(finetune.Config, args=["--data", str(views), "--cameras", "2"])
+    cpu = torch.device("cpu")
+    labeller = finetune.load_labeller("pooled", cpu)
+    sources = finetune.Sources(cfg, 64, labeller, 8, 0, 1)
+    _, video = next(iter(sources.to(cpu)))
+    recorded = episodes_of(views / "metaworld_corner4/1.0.0")
+    shown = finetune.pictures(video).numpy()
+    assert shown.shape == (4, 2, 64, 64, 3) and video["frames"].shape == (4, 2, 64, 64, 3)
+    for e, t, images, pair in zip(video["episode"], video["step"], shown, video["frames"].numpy()):
+        now, later = (recorded[e]["steps"][t + k]["observation"] for k in (0, 8))
+        assert np.array_equal(images, [now["image"], now["image_topview"]])
+        assert np.array_equal(pair, [now["image"], later["image"]])
