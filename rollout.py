@@ -152,7 +152,7 @@ class MetaWorld(World):
     pushed = np.array([1, 1, 1, 0])
     longest = 500
     scenery = "world", "tablelink", "RetainingWall"         # bodies: floor, table, walls
-    gl = context = None                     # of MuJoCo's renderer
+    gl = context = None                     # of OpenGL, of MuJoCo's renderer
     entry = dict(version="1.0.0", action="action:dddg", executed="executed_action:dddg",
                  state="observation/state:4", hz=80, offset=8)
 
@@ -218,10 +218,10 @@ class MetaWorld(World):
         scene's part, lowest byte first."""
         import mujoco as mj
         model, side = self.env.model, self.scale * size
-        if not MetaWorld.gl:                # one for all worlds, a context for all sizes: ten times
-            MetaWorld.gl = mj.GLContext(side, side)         # faster than a Renderer for each of both
+        if not MetaWorld.gl:                # one in a process: a second world is loaded in .06 s
+            MetaWorld.gl = mj.GLContext(side, side)         # instead of .2
             MetaWorld.gl.make_current()
-        if not self.context:
+        if not self.context:                # for pictures of all sizes
             self.context = mj.MjrContext(model, mj.mjtFontScale.mjFONTSCALE_150)
             self.scene = mj.MjvScene(model, maxgeom=10_000)
         mj.mjr_setBuffer(mj.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
@@ -1173,10 +1173,10 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int, label: str = "roll
                  new: bool = True, another=None):
     """Yields (key, result) of episodes as they end. jobs: {(number, task, seed): (generator
     function as episode(), *arguments)}. act({key: what it yielded}) -> {key: what it is sent}:
-    asked for none while the workers start, then for all that wait when one has nothing else to do.
+    asked for none while the first begin, then for all that wait when a worker has nothing else to
+    do. Those of small numbers begin first.
 
-    another(key, result) -> {key: job} that is to be run in place of what ended so, or {}; jobs then
-    begin by their numbers.
+    another(key, result) -> {key: job} that is to be run in place of what ended so, or {}.
 
     The episodes of a worker that dies run once more, each alone in its worker; one whose worker
     dies again has the result "crashed": True. Where the first three of a `new` run do, it exits.
@@ -1193,7 +1193,8 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int, label: str = "roll
                 while key := queue.take(worker, crew):
                     worker.begin(key, jobs[key])
             if act and not loaded:
-                loaded = not act({})
+                act({})                                     # while the first episodes begin
+                loaded = True
             speak = wait([worker.connection for worker in crew])
             for worker in [worker for worker in crew if worker.connection in speak]:
                 for key, result in heard(worker, crew, queue, workers):
@@ -1274,12 +1275,11 @@ class Queue:
             return None if worker.running else self.again.pop(0)
         busy = {key[1] for key in worker.running}           # a worker has one world of a task
         left = {task: keys for task, keys in self.left.items() if keys and task not in busy}
-        if self.in_order:
-            task = min(left, key=lambda task: left[task][0], default=None)
-        else:
-            numbers = {task: len(keys) for task, keys in left.items()}
-            task = self.near(numbers, worker, crew)
-        return self.left[task].pop(0) if task else None
+        for number in sorted({keys[0][0] for keys in left.values()}):   # one policy, one batch
+            its = {task: len(keys) for task, keys in left.items() if keys[0][0] == number}
+            if task := next(iter(its)) if self.in_order else self.near(its, worker, crew):
+                return left[task].pop(0)
+        return None
 
     def near(self, left: dict[str, int], worker: Worker, crew: list[Worker]) -> str | None:
         """Of tasks with so many episodes left one that the worker has, if there is one: a world
@@ -1288,8 +1288,8 @@ class Queue:
         own = [task for task in left if task in worker.worlds]
         sharers = {task: worlds[task] + (task not in own) for task in left}
         share = {task: number / sharers[task] for task, number in left.items()}
-        task = max(own or share, key=share.get, default=None)
-        if task and not own and worker.running and worlds[task] and share[task] < WORTH:
+        task = max(own or share, key=share.get)
+        if not own and worker.running and worlds[task] and share[task] < WORTH:
             return None
         return task
 
@@ -2037,7 +2037,7 @@ def run(cfg: Config):
         print("rollout: stopped", file=sys.stderr)
         code = 128 + signal.SIGINT
     except SystemExit as error:
-        code = error.code
+        code = error.code or 0
     except BaseException:
         code = traceback.format_exc()
     if isinstance(code, str):                               # or a signal's number
