@@ -29,6 +29,7 @@ classes. Letters: T time, C chunk, A action width, Ds state width.
 import base64
 import bisect
 import contextlib
+import gc
 import hashlib
 import html
 import importlib
@@ -1103,7 +1104,7 @@ WORLDS = {"metaworld": MetaWorld, "pusht": PushT, "libero": Libero, "MODULE:CLAS
 
 
 # ------------------------------------------------------------ worker processes
-ENVIRONMENTS = 3                # episodes that a worker has under way
+ENVIRONMENTS = 6                # episodes that a worker has under way
 WORTH = 5                       # episodes that make up for building a world
 
 
@@ -1193,7 +1194,10 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int, label: str = "roll
                 while key := queue.take(worker, crew):
                     worker.begin(key, jobs[key])
             if act and not loaded:
-                act({})                                     # while the first episodes begin
+                gc.disable()                # libraries load in three quarters of the time
+                act({})                     # while the first episodes begin
+                gc.freeze()                 # and are not searched again
+                gc.enable()
                 loaded = True
             speak = wait([worker.connection for worker in crew])
             for worker in [worker for worker in crew if worker.connection in speak]:
