@@ -29,6 +29,7 @@ classes. Letters: T time, C chunk, A action width, Ds state width.
 import base64
 import bisect
 import contextlib
+import gc
 import hashlib
 import html
 import importlib
@@ -152,6 +153,7 @@ class MetaWorld(World):
     pushed = np.array([1, 1, 1, 0])
     longest = 500
     scenery = "world", "tablelink", "RetainingWall"         # bodies: floor, table, walls
+    gl = context = None                     # of OpenGL, of MuJoCo's renderer
     entry = dict(version="1.0.0", action="action:dddg", executed="executed_action:dddg",
                  state="observation/state:4", hz=80, offset=8)
 
@@ -179,7 +181,6 @@ class MetaWorld(World):
         of_geoms = env.model.body_rootid[env.model.geom_bodyid]
         bodies = [env.model.body(i).name for i in of_geoms]
         self.scenery_geoms = np.flatnonzero(np.isin(bodies, self.scenery))
-        self.renderers = {}
 
     def reset(self, seed: int):
         self.env.seed(seed)
@@ -205,28 +206,38 @@ class MetaWorld(World):
         return np.mean(parts, 0).round().astype(np.uint8)
 
     def background(self, size: int, camera: str) -> np.ndarray:
-        from mujoco import mjtObj
-        ids, kinds = np.moveaxis(self.render(size, camera, segmented=True), -1, 0)
-        scenery = (kinds == int(mjtObj.mjOBJ_GEOM)) & np.isin(ids, self.scenery_geoms)
-        scenery |= kinds == -1                              # nothing is there
-        return scenery.reshape(size, self.scale, size, self.scale).all((1, 3))
+        import mujoco
+        numbers = self.render(size, camera, segmented=True) @ [1, 2 ** 8, 2 ** 16]
+        scenery = np.ones(self.scene.ngeom + 1, bool)       # 0: nothing is there
+        for geom in self.scene.geoms[:self.scene.ngeom]:
+            of_model = geom.objtype == mujoco.mjtObj.mjOBJ_GEOM
+            scenery[geom.segid + 1] = of_model and geom.objid in self.scenery_geoms
+        return scenery[numbers].reshape(size, self.scale, size, self.scale).all((1, 3))
 
     def render(self, size: int, camera: str, segmented: bool = False) -> np.ndarray:
-        """A picture at `scale` times the size; `segmented`: id and kind of what is seen, (.., 2)"""
-        import mujoco
-        scale = self.scale
-        if size not in self.renderers:
-            buffer = self.env.model.vis.global_
-            buffer.offwidth = max(buffer.offwidth, scale * size)
-            buffer.offheight = max(buffer.offheight, scale * size)
-            self.renderers[size] = mujoco.Renderer(self.env.model, scale * size, scale * size)
-        renderer = self.renderers[size]
-        if segmented:
-            renderer.enable_segmentation_rendering()
-        renderer.update_scene(self.env.data, camera=camera)
-        x = renderer.render()[::-1, ::-1]                   # its cameras stand on their heads
-        renderer.disable_segmentation_rendering()
-        return x
+        """A picture at `scale` times the size; `segmented`: in place of colours the number of the
+        scene's part, lowest byte first."""
+        import mujoco as mj
+        model, side = self.env.model, self.scale * size
+        if not MetaWorld.gl:                # one in a process: a second world is loaded in .06 s
+            MetaWorld.gl = mj.GLContext(side, side)         # instead of .2
+            MetaWorld.gl.make_current()
+        if not self.context:                # for pictures of all sizes
+            self.context = mj.MjrContext(model, mj.mjtFontScale.mjFONTSCALE_150)
+            self.scene = mj.MjvScene(model, maxgeom=10_000)
+        mj.mjr_setBuffer(mj.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        if side > min(self.context.offWidth, self.context.offHeight):
+            mj.mjr_resizeOffscreen(side, side, self.context)
+        eye = mj.MjvCamera()
+        eye.type, eye.fixedcamid = mj.mjtCamera.mjCAMERA_FIXED, model.camera(camera).id
+        mj.mjv_updateScene(model, self.env.data, mj.MjvOption(), None, eye, mj.mjtCatBit.mjCAT_ALL,
+                           self.scene)
+        for flag in (mj.mjtRndFlag.mjRND_SEGMENT, mj.mjtRndFlag.mjRND_IDCOLOR):
+            self.scene.flags[flag] = segmented
+        pixels, whole = np.empty((side, side, 3), np.uint8), mj.MjrRect(0, 0, side, side)
+        mj.mjr_render(whole, self.scene, self.context)
+        mj.mjr_readPixels(pixels, None, whole, self.context)
+        return pixels[:, ::-1]              # rows come from below, and cameras stand on their heads
 
 
 class Distraction:
@@ -309,11 +320,11 @@ def view(world: World, camera: str, size: int, distraction: Distraction, step: i
 
 
 # ------------------------------------------------------------ evaluation
-def episode(task: str, seed: int, cfg: Config, spec: dict, filmed: bool, recorded=None):
-    """One closed-loop episode, a generator as Plan.action, which returns the result; if filmed also
-    frames at 160 px, one every FILM steps and the last.
+def episode(task: str, seed: int, cfg: Config, spec: dict, video: tuple = (), recorded=None):
+    """One closed-loop episode, a generator as Plan.action, which returns the result.
 
-    spec: of load_manifest. recorded: actions (T, A) to execute instead of a policy's.
+    spec: of load_manifest. video: path and sentence of a GIF to write, with a frame of 160 px every
+    FILM steps and at the end. recorded: actions (T, A) to execute instead of a policy's.
     """
     world = world_at(cfg.world, task, cfg.stock)
     plan = Plan(world, task, seed, cfg, spec, np.random.default_rng(seed))
@@ -323,13 +334,14 @@ def episode(task: str, seed: int, cfg: Config, spec: dict, filmed: bool, recorde
     world.reset(seed)
     while steps < limit and not success and not world.over:
         action = (yield from plan.action(steps)) if recorded is None else recorded[steps]
-        if filmed and steps % FILM == 0:
+        if video and steps % FILM == 0:
             frames.append(film(steps))
         _, success = world.step(action)
         steps += 1
-    if filmed:
+    if video:
         frames.append(film(steps))
-    return dict(task=task, seed=seed, success=success, steps=steps, frames=frames)
+        write_video(*video, frames, success, steps)
+    return dict(task=task, seed=seed, success=success, steps=steps)
 
 
 class Plan:
@@ -447,10 +459,6 @@ def evaluate(cfg: Config):
         log.write("\n" if done else "")                     # the last line may be torn
         found = run_episodes(mine, partial(ask, tested), workers_here(cfg), new=not done)
         for key, result in found:
-            one = tested[key[0]]
-            if frames := result.pop("frames", None):
-                path = one.out / f"{result['task']}.gif"
-                write_video(path, frames, result, one.told[result["task"]])
             log.write(json.dumps({"policy": key[0], **result}) + "\n")
             log.flush()
     barrier()
@@ -485,8 +493,8 @@ def jobs_of(tested: list[Tested], cfg: Config) -> dict[tuple, tuple]:
         filmed = set()
         for task, seed in one.recorded or [(task, seed) for seed in seeds for task in cfg.tasks]:
             actions = one.recorded and one.recorded[task, seed]
-            job = episode, task, seed, cfg, one.spec, task not in filmed, actions
-            jobs[number, task, seed] = job
+            video = () if task in filmed else (one.out / f"{task}.gif", one.told[task])
+            jobs[number, task, seed] = episode, task, seed, cfg, one.spec, video, actions
             filmed.add(task)
     return jobs
 
@@ -1096,7 +1104,7 @@ WORLDS = {"metaworld": MetaWorld, "pusht": PushT, "libero": Libero, "MODULE:CLAS
 
 
 # ------------------------------------------------------------ worker processes
-ENVIRONMENTS = 3                # episodes that a worker has under way
+ENVIRONMENTS = 6                # episodes that a worker has under way
 WORTH = 5                       # episodes that make up for building a world
 
 
@@ -1166,10 +1174,10 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int, label: str = "roll
                  new: bool = True, another=None):
     """Yields (key, result) of episodes as they end. jobs: {(number, task, seed): (generator
     function as episode(), *arguments)}. act({key: what it yielded}) -> {key: what it is sent}:
-    asked for none while the workers start, then for all that wait when one has nothing else to do.
+    asked for none while the first begin, then for all that wait when a worker has nothing else to
+    do. Those of small numbers begin first.
 
-    another(key, result) -> {key: job} that is to be run in place of what ended so, or {}; jobs then
-    begin by their numbers.
+    another(key, result) -> {key: job} that is to be run in place of what ended so, or {}.
 
     The episodes of a worker that dies run once more, each alone in its worker; one whose worker
     dies again has the result "crashed": True. Where the first three of a `new` run do, it exits.
@@ -1177,16 +1185,20 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int, label: str = "roll
     most = ENVIRONMENTS if act else 1                       # one waits while others are answered
     jobs, queue = dict(jobs), Queue(jobs, most, in_order=another is not None)
     crew = [Worker() for _ in range(min(workers, len(jobs)))]
-    crashed = 0
+    crashed, loaded = 0, False
     bar = tqdm(total=len(jobs), desc=label, unit="episode", mininterval=2,
                disable=int(os.environ.get("RANK", 0)) > 0)
     try:
-        if act and jobs:
-            act({})
         while jobs:
             for worker in crew:
                 while key := queue.take(worker, crew):
                     worker.begin(key, jobs[key])
+            if act and not loaded:
+                gc.disable()                # libraries load in three quarters of the time
+                act({})                     # while the first episodes begin
+                gc.freeze()                 # and are not searched again
+                gc.enable()
+                loaded = True
             speak = wait([worker.connection for worker in crew])
             for worker in [worker for worker in crew if worker.connection in speak]:
                 for key, result in heard(worker, crew, queue, workers):
@@ -1211,6 +1223,8 @@ def run_episodes(jobs: dict[tuple, tuple], act, workers: int, label: str = "roll
                         worker.tell(key, chunks[key])
     finally:
         bar.close()
+        for worker in crew:
+            worker.process.kill()
         for worker in crew:
             worker.end()
 
@@ -1265,12 +1279,11 @@ class Queue:
             return None if worker.running else self.again.pop(0)
         busy = {key[1] for key in worker.running}           # a worker has one world of a task
         left = {task: keys for task, keys in self.left.items() if keys and task not in busy}
-        if self.in_order:
-            task = min(left, key=lambda task: left[task][0], default=None)
-        else:
-            numbers = {task: len(keys) for task, keys in left.items()}
-            task = self.near(numbers, worker, crew)
-        return self.left[task].pop(0) if task else None
+        for number in sorted({keys[0][0] for keys in left.values()}):   # one policy, one batch
+            its = {task: len(keys) for task, keys in left.items() if keys[0][0] == number}
+            if task := next(iter(its)) if self.in_order else self.near(its, worker, crew):
+                return left[task].pop(0)
+        return None
 
     def near(self, left: dict[str, int], worker: Worker, crew: list[Worker]) -> str | None:
         """Of tasks with so many episodes left one that the worker has, if there is one: a world
@@ -1279,8 +1292,8 @@ class Queue:
         own = [task for task in left if task in worker.worlds]
         sharers = {task: worlds[task] + (task not in own) for task in left}
         share = {task: number / sharers[task] for task, number in left.items()}
-        task = max(own or share, key=share.get, default=None)
-        if task and not own and worker.running and worlds[task] and share[task] < WORTH:
+        task = max(own or share, key=share.get)
+        if not own and worker.running and worlds[task] and share[task] < WORTH:
             return None
         return task
 
@@ -1589,20 +1602,22 @@ def read_episodes(out: Path) -> dict[tuple, dict]:
     return results
 
 
-def write_video(path: Path, frames: list, result: dict, sentence: str):
+def write_video(path: Path, sentence: str, frames: list, success: bool, steps: int):
     """A GIF at real speed that stands a while at the end; on each frame, uint8 (160, 160, 3), what
     the policy was told, the step and how it ends."""
-    outcome = "success" if result["success"] else "failure"
+    outcome = "success" if success else "failure"
     told, images = textwrap.fill(sentence, 26), []
     for i, frame in enumerate(frames):
-        step = min(FILM * i, result["steps"])
+        step = min(FILM * i, steps)
         text = f"{told}\nstep {step}, {outcome}"
         image = Image.fromarray(frame)
         ImageDraw.Draw(image).multiline_text((4, 3), text, fill=(255, 255, 255), stroke_width=1,
                                              stroke_fill=(0, 0, 0))
-        images.append(np.asarray(image))
-    durations = [100] * (len(images) - 1) + [1000]          # ms
-    iio.imwrite(path, np.stack(images), duration=durations, loop=0)
+        images.append(image)
+    colors = Image.fromarray(np.concatenate(images[::8])).quantize()    # of few: it takes 4 ms each
+    first, *others = [image.quantize(palette=colors, dither=Image.Dither.NONE) for image in images]
+    durations = [100] * len(others) + [1000]                # ms
+    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
 
 
 def write_json(path: Path, value: dict):
@@ -2015,25 +2030,25 @@ def warn(message: str):
 
 
 def run(cfg: Config):
-    """Runs main. Processes of torchrun end without destructors: gloo's joins threads that may wait
-    for the GIL, which it holds. One that fails does not wait for the others."""
-    code, alone = 0, int(os.environ.get("WORLD_SIZE", 1)) == 1
+    """Runs main and ends the process without destructors: torch's take a second, and gloo's joins
+    threads that may wait for the GIL, which it holds. One of several processes that fails does not
+    wait for the others."""
+    code = 0
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))     # ends workers
     try:
         main(cfg)
     except KeyboardInterrupt:
         print("rollout: stopped", file=sys.stderr)
         code = 128 + signal.SIGINT
-    except BaseException as error:
-        if alone:
-            raise
-        told = isinstance(error, SystemExit) and isinstance(error.code, str)
-        print(error.code if told else traceback.format_exc(), file=sys.stderr)
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        code = traceback.format_exc()
+    if isinstance(code, str):                               # or a signal's number
+        print(code, file=sys.stderr)
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    if alone:
-        raise SystemExit(code)
     os._exit(code)
 
 
