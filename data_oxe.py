@@ -183,7 +183,8 @@ class Loader:
         check(cfg, batch_size, chunk, min_motion, image_size, horizon_s, cameras)
         self.cfg, self.batch_size, self.image_size, self.chunk = cfg, batch_size, image_size, chunk
         self.min_motion, self.demonstrations = min_motion, demonstrations
-        self.consecutive, self.views = consecutive, cameras - 1
+        self.consecutive = consecutive
+        self.views = cameras - 1
         self.shown = 1 + consecutive + follow                   # frames of a sample
         self.actions = "executed" if executed else "action"     # what of an episode they are
         self.threads = cfg.threads or threads_here()
@@ -583,15 +584,15 @@ class Sampler:
         t = skip + self.starts(dataset, episode["draw"], usable)                    # (n,)
         n, C = tf.shape(t)[0], self.chunk
 
-        steps = t[:, None] + tf.range(C)[None]                                      # (n, C)
-        actions = tf.gather(episode[self.actions], tf.minimum(steps, T - 1))        # (n, C, A)
+        steps = tf.minimum(t[:, None] + tf.range(C)[None], T - 1)                   # (n, C)
+        actions = tf.gather(episode[self.actions], steps)                           # (n, C, A)
         actions = tf.reshape(actions, [n, C * self.width])
         motion = self.accumulated(episode["executed"], dataset, t, k)               # (n, A)
         state = tf.gather(episode["state"], t)                                      # (n, Ds)
         same = [tf.fill([n], x) for x in (dataset, episode["episode"])]
         integers = [*same, tf.cast(t, tf.int64), tf.cast(T - t, tf.int64)]
-        frames = tf.gather(images, tf.minimum(t[:, None] + moments, T - 1))
-        pictures = [frames, tf.gather(episode["views"], t)]
+        shown = tf.minimum(t[:, None] + moments, T - 1)                             # (n, frames)
+        pictures = [tf.gather(images, shown), tf.gather(episode["views"], t)]
         return {"images": tf.concat(pictures, 1), "text": tf.fill([n], episode["text"]),
                 "floats": tf.concat([actions, motion, state], 1),
                 "integers": tf.stack(integers, 1)}

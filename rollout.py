@@ -229,12 +229,14 @@ class MetaWorld(World):
         if side > min(self.context.offWidth, self.context.offHeight):
             mj.mjr_resizeOffscreen(side, side, self.context)
         eye = mj.MjvCamera()
-        eye.type, eye.fixedcamid = mj.mjtCamera.mjCAMERA_FIXED, model.camera(camera).id
+        eye.type = mj.mjtCamera.mjCAMERA_FIXED
+        eye.fixedcamid = model.camera(camera).id
         mj.mjv_updateScene(model, self.env.data, mj.MjvOption(), None, eye, mj.mjtCatBit.mjCAT_ALL,
                            self.scene)
         for flag in (mj.mjtRndFlag.mjRND_SEGMENT, mj.mjtRndFlag.mjRND_IDCOLOR):
             self.scene.flags[flag] = segmented
-        pixels, whole = np.empty((side, side, 3), np.uint8), mj.MjrRect(0, 0, side, side)
+        pixels = np.empty((side, side, 3), np.uint8)
+        whole = mj.MjrRect(0, 0, side, side)
         mj.mjr_render(whole, self.scene, self.context)
         mj.mjr_readPixels(pixels, None, whole, self.context)
         return pixels[:, ::-1]              # rows come from below, and cameras stand on their heads
