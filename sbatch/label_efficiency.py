@@ -101,7 +101,8 @@ def plot(cells: dict, path: Path):
         row[1].set(title=f"{setting}, {demos} demonstrations", xlabel="iterations")
         for ax in row:
             ax.set(ylim=(0, 1), ylabel="success")
-        row[1].legend(fontsize=7)
+            if ax.has_data():
+                ax.legend(fontsize=7)
     fig.tight_layout()
     fig.savefig(path, dpi=100)
 
