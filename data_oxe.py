@@ -20,7 +20,7 @@ before action t. A batch is a dict of numpy arrays and one list:
     instruction  list of B str             '' where the dataset has none
     actions      float32 (B, C, A)         label actions t .. t+C-1, in the dataset's own units
     action_mask  bool    (B, C)            False past the end of the episode
-    action_sum   float32 (B, A)            executed over t..t+k, accumulated by kind (see KINDS)
+    action_sum   float32 (B, A)            what they did over t..t+k, by kind (see KINDS)
     state        float32 (B, Ds)           proprioception at t
     dataset, episode, step  int64 (B,)     index in the mix, episode number in the split, t
     has_action   bool    (B,)
@@ -112,7 +112,7 @@ class DataConfig:
     max_bad: float = 0.001                  # share of faulty episodes to skip before stopping
 
 
-# One letter an action dimension says how executed actions accumulate over a frame pair t..t+k:
+# One letter an action dimension says how actions accumulate over a frame pair t..t+k:
 KINDS = {"d": "delta: sum over t..t+k-1", "p": "absolute position: value at t+k minus value at t",
          "g": "gripper or quaternion: last value", "v": "velocity: sum times dt",
          "u": "meaning not verified: last value, not counted as motion",
@@ -132,12 +132,12 @@ class Entry:
     frame: str = ""             # recorded height x width and encoding ('?': no source says)
     image: str = "observation/image"                    # main camera
     instruction: str = "language_instruction"           # variants, one is drawn; '': there are none
-    action: str = ""            # key:letters[:storage], one KINDS letter a stored dimension
+    action: str = ""            # key:letters[:storage], one KINDS letter a stored dimension; where
+                                # a dataset tells them apart, what was done, not what was commanded
     state: str = ""             # key:width[:storage]
     hz: float = 0               # control frequency, steps a second; 0 where no source says
     offset: int = 5             # k, steps between the two frames of a pair
     skip: int = 0               # leading steps that the dataset's own transform drops
-    executed: str = ""          # as action, for action_sum, where it is not the labelled action
     success: str = ""           # flat key of a bool, where some episodes are failures
     bgr: bool = False           # pictures are stored with red and blue exchanged
     cameras: str = ""           # keys of further cameras, as the wrist's; '': there are none
@@ -163,21 +163,20 @@ class Loader:
     horizon_s: seconds between the frames (None: each dataset's own offset; 0: the same frame twice,
     for policies). consecutive: frame pairs of a sample, (t, t+k), (t+k, t+2k) ..., all within the
     episode; frames are then (B, 1 + consecutive, H, W, 3). follow: frames after these, k apart and
-    in `frames` too; beyond the episode's end they are its last. chunk: C. executed: `actions` are
-    those that were done, where a dataset tells them from those that were meant. min_motion: drops
-    pairs whose 16x16 thumbnails differ by less, mean absolute difference in grey levels.
-    demonstrations: leaves out episodes without an instruction, where the dataset has them, and
-    failed ones, where it says so. fraction: share of each dataset's episodes of train, the same
-    choice on all ranks and with any seed; a smaller one is a part of it. cameras: N, how many a
-    sample shows, see `views`.
+    in `frames` too; beyond the episode's end they are its last. chunk: C. min_motion: drops pairs
+    whose 16x16 thumbnails differ by less, mean absolute difference in grey levels. demonstrations:
+    leaves out episodes without an instruction, where the dataset has them, and failed ones, where
+    it says so. fraction: share of each dataset's episodes of train, the same choice on all ranks
+    and with any seed; a smaller one is a part of it. cameras: N, how many a sample shows, see
+    `views`.
     shuffle_mb: instead of cfg's.
     Ranks get disjoint episodes of train; val is the same on every rank. Errors of data and
     arguments exit with one line.
     """
 
     def __init__(self, cfg: DataConfig, split: str, batch_size: int, image_size: int, *,
-                 horizon_s: float | None = None, chunk: int = 1, executed: bool = False,
-                 min_motion: float = 0.0, demonstrations: bool = True,
+                 horizon_s: float | None = None, chunk: int = 1, min_motion: float = 0.0,
+                 demonstrations: bool = True,
                  shuffle_mb: float | None = None, seed: int = 0, rank: int = 0, world: int = 1,
                  consecutive: int = 1, follow: int = 0, fraction: float = 1.0, cameras: int = 1):
         check(cfg, batch_size, chunk, min_motion, image_size, horizon_s, cameras)
@@ -186,7 +185,6 @@ class Loader:
         self.consecutive = consecutive
         self.views = cameras - 1
         self.shown = 1 + consecutive + follow                   # frames of a sample
-        self.actions = "executed" if executed else "action"     # what of an episode they are
         self.threads = cfg.threads or threads_here()
         plan_of = partial(make_plan, cfg, split=split, horizon_s=horizon_s, consecutive=consecutive,
                           follow=follow, demonstrations=demonstrations, fraction=fraction,
@@ -233,7 +231,7 @@ class Loader:
         self.names = tuple(entries)
         self.action_dim = max(len(kinds_of(e.action)) for e in entries.values())
         self.state_dim = max(len(kinds_of(e.state)) for e in entries.values())
-        self.motion_dims = {name: [i for i, c in enumerate(kinds_of(e.executed or e.action))
+        self.motion_dims = {name: [i for i, c in enumerate(kinds_of(e.action))
                                    if c in "dpv"] for name, e in entries.items()}
         self.horizon = {p.name: {"steps": p.offset, "seconds": p.offset / p.entry.hz
                                  if p.entry.hz else None} for p in self.plans}
@@ -559,7 +557,6 @@ class Sampler:
     def __init__(self, loader: Loader):
         self.chunk, self.pairs = loader.chunk, loader.cfg.pairs_per_episode
         self.consecutive, self.shown = loader.consecutive, loader.shown
-        self.actions = loader.actions
         self.width, self.seed = max(1, loader.action_dim), loader.seed
         self.report = loader.faults.report
         plans = loader.plans
@@ -585,9 +582,9 @@ class Sampler:
         n, C = tf.shape(t)[0], self.chunk
 
         steps = tf.minimum(t[:, None] + tf.range(C)[None], T - 1)                   # (n, C)
-        actions = tf.gather(episode[self.actions], steps)                           # (n, C, A)
+        actions = tf.gather(episode["action"], steps)                               # (n, C, A)
         actions = tf.reshape(actions, [n, C * self.width])
-        motion = self.accumulated(episode["executed"], dataset, t, k)               # (n, A)
+        motion = self.accumulated(episode["action"], dataset, t, k)                 # (n, A)
         state = tf.gather(episode["state"], t)                                      # (n, Ds)
         same = [tf.fill([n], x) for x in (dataset, episode["episode"])]
         integers = [*same, tf.cast(t, tf.int64), tf.cast(T - t, tf.int64)]
@@ -599,7 +596,7 @@ class Sampler:
 
     def usable(self, episode: dict, count):
         """count, the number of starts; none, which is reported, where the episode is not fit."""
-        dataset, values = episode["dataset"], ("action", "executed", "state")
+        dataset, values = episode["dataset"], ("action", "state")
         no_text = tf.logical_and(tf.equal(episode["text"], ""), self.has_text[dataset])
         finite = tf.math.is_finite(sum(tf.reduce_sum(episode[name]) for name in values))
         fault = tf.where(finite, 0, NOT_FINITE)
@@ -623,17 +620,17 @@ class Sampler:
         u *= tf.cast(usable, tf.float32) / parts
         return tf.minimum(tf.cast(u, tf.int32), usable - 1)
 
-    def accumulated(self, executed, dataset, t, k):
-        """What was executed (T, A) over t..t+k, by the kind of each dimension: (n, A)"""
-        before = tf.pad(tf.cumsum(executed), [[1, 0], [0, 0]])  # sums of steps < i
+    def accumulated(self, action, dataset, t, k):
+        """What actions (T, A) did over t..t+k, by the kind of each dimension: (n, A)"""
+        before = tf.pad(tf.cumsum(action), [[1, 0], [0, 0]])  # sums of steps < i
         total = tf.zeros([tf.shape(t)[0], self.width])
         for how, factor in self.factors.items():
             if how == "sum":
                 value = tf.gather(before, t + k) - tf.gather(before, t)
             elif how == "last":
-                value = tf.gather(executed, tf.maximum(t + k - 1, 0))
+                value = tf.gather(action, tf.maximum(t + k - 1, 0))
             else:
-                value = tf.gather(executed, t + k) - tf.gather(executed, t)
+                value = tf.gather(action, t + k) - tf.gather(action, t)
             total += value * factor[dataset]
         return total
 
@@ -643,7 +640,7 @@ def accumulation(plans: list, width: int) -> dict:
     factors = {how: np.zeros((len(plans), width), np.float32) for how in ("sum", "last", "change")}
     how_of = {"d": "sum", "v": "sum", "p": "change", "g": "last", "u": "last"}
     for i, plan in enumerate(plans):
-        for j, kind in enumerate(kinds_of(plan.entry.executed or plan.entry.action)):
+        for j, kind in enumerate(kinds_of(plan.entry.action)):
             dt = 1 / plan.entry.hz if kind == "v" and plan.entry.hz else 1.0
             factors[how_of[kind]][i, j] = dt
     return {how: tf.constant(factor) for how, factor in factors.items() if factor.any()}
@@ -659,8 +656,7 @@ class Reader:
         self.action_dim, self.state_dim = action_dim, state_dim
         entry, features = plan.entry, plan.features
         self.image = f"steps/{entry.image}"
-        self.specs = {"action": entry.action, "executed": entry.executed or entry.action,
-                      "state": entry.state}
+        self.specs = {"action": entry.action, "state": entry.state}
         keys = {entry.image, *self.cameras, *texts_of(entry)}
         keys |= {key for spec in self.specs.values() for key, _ in columns_of(spec)}
         self.wire = {f"steps/{key}": wire_of(features[f"steps/{key}"]) for key in keys}
@@ -670,8 +666,8 @@ class Reader:
 
     def parse(self, draw, item) -> dict:
         """(draw, (episode number, record)) -> dataset, draw, episode, is the record empty, did it
-        fail, images (T,) and views (T, N-1) encoded, text, action (T, A), executed (T, A), state
-        (T, Ds). T is 0 where it cannot be read."""
+        fail, images (T,) and views (T, N-1) encoded, text, action (T, A), state (T, Ds). T is 0
+        where it cannot be read."""
         episode, record = item
         wire, failed = dict(self.wire), tf.constant(False)
         if self.success:
@@ -689,9 +685,8 @@ class Reader:
 
     def nothing(self) -> dict:
         """Of an episode that cannot be read, as one whose features disagree in length."""
-        action = tf.zeros([0, self.action_dim])
         return {"images": tf.zeros([0], tf.string), "views": tf.zeros([0, self.views], tf.string),
-                "text": tf.constant(""), "action": action, "executed": action,
+                "text": tf.constant(""), "action": tf.zeros([0, self.action_dim]),
                 "state": tf.zeros([0, self.state_dim])}
 
     def content(self, parsed: dict, draw, T) -> dict:
@@ -1421,19 +1416,15 @@ def flat_features(builder) -> dict:
 def check_features(name: str, entry: Entry, features: dict, views=()):
     """The registry (or entry.json) against the dataset's own features.json: every key there, of
     the declared width. views: keys of further cameras that are used."""
-    for spec in (entry.action, entry.executed):
-        unknown = set(kinds_of(spec)) - KINDS.keys()
-        if unknown:
-            fail(f"dataset '{name}': its entry has action letters {sorted(unknown)}, known are "
-                 f"{', '.join(KINDS)}")
-    if entry.executed and len(kinds_of(entry.executed)) != len(kinds_of(entry.action)):
-        fail(f"dataset '{name}': its entry has {len(kinds_of(entry.action))} dimensions of action, "
-             f"{len(kinds_of(entry.executed))} of executed")
+    unknown = set(kinds_of(entry.action)) - KINDS.keys()
+    if unknown:
+        fail(f"dataset '{name}': its entry has action letters {sorted(unknown)}, known are "
+             f"{', '.join(KINDS)}")
     if entry.success and entry.success not in features:
         fail(f"dataset '{name}' has no feature '{entry.success}' in its features.json, which "
              f"should say what episodes succeeded; it has: {', '.join(features)}")
     wanted = [(key, None) for key in (entry.image, *views, *texts_of(entry))]
-    for spec in (entry.action, entry.executed, entry.state):
+    for spec in (entry.action, entry.state):
         wanted += [(key, len(kinds)) for key, kinds in columns_of(spec)]
     for key, width in wanted:
         feature = features.get(f"steps/{key}")
@@ -1506,8 +1497,9 @@ def find_entry(data: str, name: str) -> Entry:
              f"there '{folder}/VERSION/entry.json'{record}")
     try:
         stored = json.loads(tf.io.gfile.GFile(own[-1]).read())
-        # "first" is what "skip" was called until lately
-        return Entry(**{"skip" if key == "first" else key: x for key, x in stored.items()})
+        stored["skip"] = stored.pop("first", stored.get("skip", 0))     # as it was called
+        stored["action"] = stored.pop("executed", "") or stored.get("action", "")       # likewise
+        return Entry(**stored)
     except (TypeError, ValueError) as error:
         fail(f"'{own[-1]}' is not an Entry: {error}")
 

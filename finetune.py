@@ -442,9 +442,6 @@ class Decoder:
     shown twice, as it is and shaken. It looks from the first camera alone: with further ones,
     which it has of the first frame, it read less (R2 .81 in place of .86).
 
-    Actions are those executed, where a dataset tells them from those commanded: what pushed a robot
-    in one or two episodes would else be taken for its task.
-
     metrics: held-out R2, beside that of pooled pixel differences in place of the latents and that
     of the first frame's readout alone.
     """
@@ -458,7 +455,7 @@ class Decoder:
         self.shape = cfg.chunk, model.action_dim
         load = partial(data_oxe.Loader, image_size=max(labeller.image_size, self.trunk.image_size),
                        horizon_s=labeller.manifest["config"]["horizon_s"], follow=1,
-                       chunk=cfg.chunk, executed=True, fraction=cfg.label_fraction)
+                       chunk=cfg.chunk, fraction=cfg.label_fraction)
         pairs = max(8, KernelRidge.most // episodes)                    # of each; whole if few
         fit_loader = load(replace(cfg, pairs_per_episode=pairs), "train", 64, seed=2, shuffle_mb=8)
         labeller.check(cfg, fit_loader)

@@ -154,7 +154,7 @@ class MetaWorld(World):
     longest = 500
     scenery = "world", "tablelink", "RetainingWall"         # bodies: floor, table, walls
     gl = context = None                     # of OpenGL, of MuJoCo's renderer
-    entry = dict(version="1.0.0", action="action:dddg", executed="executed_action:dddg",
+    entry = dict(version="1.0.0", action="executed_action:dddg",
                  state="observation/state:4", hz=80, offset=8)
 
     @classmethod
@@ -540,8 +540,8 @@ def wilson(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
 # ------------------------------------------------------------ recording
 def recorded_episode(task: str, seed: int, cfg: Config, spec: dict | None):
     """One episode of the scripted expert, or of the policy of `spec`, under a slow random push: a
-    generator as Plan.action. `action`, the label, is what was commanded; `executed_action` what was
-    done. Pictures are PNG. A failure has no steps, unless --keep all."""
+    generator as Plan.action. `action` is what was commanded, `executed_action` what was done, as
+    entry.json says to learn. Pictures are PNG. A failure has no steps, unless --keep all."""
     world, rng = world_at(cfg.world, task, cfg.stock), np.random.default_rng(seed)
     policy_rng = np.random.default_rng((seed, 1))
     plan = spec and Plan(world, task, seed, cfg, spec, policy_rng)
@@ -933,7 +933,7 @@ class Gymnasium(World):
         A, Ds = len(actions.low), state.shape[0] if state else 0
         kinds = cls.action_kinds or getattr(made, "action_kinds", "u" * A)
         hz = getattr(made, "metadata", {}).get("render_fps", 0)
-        entry = dict(version="1.0.0", action=f"action:{kinds}", executed=f"executed_action:{kinds}",
+        entry = dict(version="1.0.0", action=f"executed_action:{kinds}",
                      state=f"observation/state:{Ds}" if Ds else "", hz=hz,
                      offset=max(1, round(hz / 2)) if hz else 5)
         half = (actions.high - actions.low) / 2
@@ -1041,7 +1041,7 @@ class Libero(World):
     action_dim, state_dim = 7, 8            # hand: moved, turned; gripper. xyz, axis-angle, fingers
     pushed = np.array([1, 1, 1, 1, 1, 1, 0])
     longest = 600
-    entry = dict(version="1.0.0", action="action:d*6,g", executed="executed_action:d*6,g",
+    entry = dict(version="1.0.0", action="executed_action:d*6,g",
                  state="observation/state:8", hz=20, offset=10)
     still = np.array([0, 0, 0, 0, 0, 0, -1.0])
 

@@ -45,7 +45,7 @@ def write_fake(data: str, name: str, entry: Entry, episodes: int, length: int, f
     for i, camera in enumerate([entry.image, *entry.cameras.split()]):
         add_picture(add, camera, entry, frames[i:] + frames[:i])
     add_texts(add, entry, name)
-    for spec in dict.fromkeys((entry.action, entry.executed, entry.state)):
+    for spec in dict.fromkeys((entry.action, entry.state)):
         for part, (key, kinds) in zip(spec.split(), columns_of(spec)):
             storage = (part.split(":") + ["float32"])[2]
             add_numbers(add, rng, key, kinds, storage)
