@@ -55,7 +55,7 @@ def test_an_environment_of_one_s_own(reach, tmp_path, capsys):
     assert [e["seed"] for e in mine] == [0, 1, 2] and not all(e["success"] for e in mine)
     assert "of 3 starts of 'Reach'" in capsys.readouterr().out
     entry = data_oxe.find_entry(str(tmp_path), "own_world_reach_render")
-    assert entry.success == "episode_metadata/success" and entry.action == "action:dd"
+    assert entry.success == "episode_metadata/success" and entry.action == "executed_action:dd"
 
 
 def test_open_loop_measures_what_a_policy_does(reach, tmp_path, monkeypatch, capsys):
@@ -77,7 +77,7 @@ def test_open_loop_measures_what_a_policy_does(reach, tmp_path, monkeypatch, cap
         steps = recorded[episode]["steps"]
         assert [t for e, t in rows if e == episode] == list(range(len(steps)))
         for t, step in enumerate(steps):
-            assert np.array_equal(rows[episode, t][1][0], step["action"])
+            assert np.array_equal(rows[episode, t][1][0], step["executed_action"])
 
 
 @pytest.mark.parametrize("options, says", [
