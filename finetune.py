@@ -21,8 +21,8 @@ torch alone. With --cameras N images are (B, N, H, W, 3), in the order of the ma
 a black one is a missing camera.
 
 Gradient steps on few labels forget what the video taught. So the labelled episodes first teach a
-small decoder, in closed form: a frame pair's latent, with what the trunk made of both frames and
-the instruction, -> its action chunk. With it all video is labelled as its batches come, and the
+small decoder, in closed form: latents of a frame pair and of the next, with what the trunk made of
+the pair and the instruction, -> its action chunk. With it all video is labelled as its batches come, and the
 policy learns from true and decoded actions together (inverse dynamics as in VPT, arXiv 2206.11795,
 on latents as in LAPO, 2312.10812). --head says how actions are read off the trunk: by an MLP,
 SmolVLA's flow-matching expert, a small flow, bins, or a decoder of what stage 2 predicts; each
