@@ -22,12 +22,12 @@ a black one is a missing camera.
 
 Gradient steps on few labels forget what the video taught. So the labelled episodes first teach a
 small decoder, in closed form: latents of a frame pair and of the next, with what the trunk made of
-the pair and the instruction, -> its action chunk. With it all video is labelled as its batches come, and the
-policy learns from true and decoded actions together (inverse dynamics as in VPT, arXiv 2206.11795,
-on latents as in LAPO, 2312.10812). --head says how actions are read off the trunk: by an MLP,
-SmolVLA's flow-matching expert, a small flow, bins, or a decoder of what stage 2 predicts; each
-learns from both. The policy's weights are averaged over steps: single ones of cloned policies
-differ widely in success (Block et al., 2310.11428).
+the pair and the instruction, -> its action chunk. With it all video is labelled as its batches
+come, and the policy learns from true and decoded actions together (inverse dynamics as in VPT,
+arXiv 2206.11795, on latents as in LAPO, 2312.10812). --head says how actions are read off the
+trunk: by an MLP, SmolVLA's flow-matching expert, a small flow, bins, or a decoder of what stage 2
+predicts; each learns from both. The policy's weights are averaged over steps: single ones of cloned
+policies differ widely in success (Block et al., 2310.11428).
 
 Letters: B batch, L text tokens, P image tokens, C chunk, A action width, Ds state width, W trunk
 width, S latent tokens, D latent width, M rows of a fit.
