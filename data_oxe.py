@@ -168,17 +168,16 @@ class Loader:
     leaves out episodes without an instruction, where the dataset has them, and failed ones, where
     it says so. fraction: share of each dataset's episodes of train, the same choice on all ranks
     and with any seed; a smaller one is a part of it. cameras: N, how many a sample shows, see
-    `views`.
-    shuffle_mb: instead of cfg's.
+    `views`. shuffle_mb: instead of cfg's.
     Ranks get disjoint episodes of train; val is the same on every rank. Errors of data and
     arguments exit with one line.
     """
 
     def __init__(self, cfg: DataConfig, split: str, batch_size: int, image_size: int, *,
                  horizon_s: float | None = None, chunk: int = 1, min_motion: float = 0.0,
-                 demonstrations: bool = True,
-                 shuffle_mb: float | None = None, seed: int = 0, rank: int = 0, world: int = 1,
-                 consecutive: int = 1, follow: int = 0, fraction: float = 1.0, cameras: int = 1):
+                 demonstrations: bool = True, shuffle_mb: float | None = None, seed: int = 0,
+                 rank: int = 0, world: int = 1, consecutive: int = 1, follow: int = 0,
+                 fraction: float = 1.0, cameras: int = 1):
         check(cfg, batch_size, chunk, min_motion, image_size, horizon_s, cameras)
         self.cfg, self.batch_size, self.image_size, self.chunk = cfg, batch_size, image_size, chunk
         self.min_motion, self.demonstrations = min_motion, demonstrations
