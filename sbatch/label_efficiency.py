@@ -8,6 +8,7 @@ import csv
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -81,26 +82,31 @@ def main(out: Path):
 
 
 def plot(cells: dict, path: Path):
-    """A row a setting: success over demonstrations after the most iterations, and over iterations
-    with two demonstrations, or as many as there are."""
+    """A row a setting: success over demonstrations after the iterations that most cells have, and
+    over iterations with two demonstrations, or as many as there are."""
     settings, arms = (sorted({key[i] for key in cells}) for i in (0, 1))
-    most = max(key[3] for key in cells)
+    cells_of = Counter(key[3] for key in cells)
+    steps = max(cells_of, key=lambda n: (cells_of[n], n))
     demos = 2 if any(key[2] == 2 for key in cells) else max(key[2] for key in cells)
     fig, axes = plt.subplots(len(settings), 2, figsize=(9, 3.2 * len(settings)), squeeze=False)
     for row, setting in zip(axes, settings):
         for arm in arms:
             mine = {key[2:]: v for key, v in cells.items() if key[:2] == (setting, arm)}
-            over_demos = {d: v for (d, n), v in mine.items() if n == most}
+            over_demos = {d: v for (d, n), v in mine.items() if n == steps}
             over_steps = {n: v for (d, n), v in mine.items() if d == demos}
             for ax, curve in zip(row, (over_demos, over_steps)):
                 if curve:
                     mean, low, high, *_ = np.array(list(curve.values())).T
                     ax.errorbar(list(curve), mean, (mean - low, high - mean), label=arm,
                                 marker="o", capsize=2)
-        row[0].set(title=f"{setting}, {most} iterations", xlabel="demonstrations a task")
+        row[0].set(title=f"{setting}, {steps} iterations", xlabel="demonstrations a task")
         row[1].set(title=f"{setting}, {demos} demonstrations", xlabel="iterations")
-        for ax in row:
+        row[1].set_xscale("symlog", linthresh=100)                      # 0 is one of them
+        for ax, i in zip(row, (2, 3)):
+            values = sorted({key[i] for key in cells})
             ax.set(ylim=(0, 1), ylabel="success")
+            ax.set_xticks(values, values, minor=False)
+            ax.minorticks_off()
             if ax.has_data():
                 ax.legend(fontsize=7)
     fig.tight_layout()
