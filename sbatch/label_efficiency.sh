@@ -15,17 +15,17 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 source sbatch/env.sh
 
 OUT=${OUT:-runs/label_efficiency}
-ARMS=${ARMS:-learned codes learned3 random pooled permuted frame oracle none blind}
+ARMS=${ARMS:-learned codes labelled random pooled permuted frame oracle none blind}
 VIDEOS=${VIDEOS:-0 50}                      # --distract of recordings and evaluations, percent
 TASKSETS=${TASKSETS:-six other}
 SEEDS=${SEEDS:-0 1 2}                       # of quantizer and pretraining
 FINETUNE_SEEDS=${FINETUNE_SEEDS:-0 1}
-DEMOS=${DEMOS:-1 2 5}                       # labelled episodes a task
+DEMOS=${DEMOS:-1 2 5}                       # labelled episodes a task; the oracle has all
 ITERATIONS=${ITERATIONS:-0 100 200 400 800 1600}
 EPISODES=${EPISODES:-30} LAQ=${LAQ:-600} VLA=${VLA:-600} ROLLOUTS=${ROLLOUTS:-50} MAX_STEPS=200
 TRAIN="--overwrite --save-every 1000000"
 if [ "${1:-}" = --smoke ]; then
-  OUT=runs/label_efficiency_smoke ARMS="learned learned3 permuted oracle none" SEEDS=0
+  OUT=runs/label_efficiency_smoke ARMS="learned labelled permuted oracle none" SEEDS=0
   FINETUNE_SEEDS=0 DEMOS=2 ITERATIONS="0 8" TASKSETS=two VIDEOS=50 EPISODES=4 LAQ=8 VLA=8 ROLLOUTS=1
   MAX_STEPS=40 TRAIN="$TRAIN --eval-batches 1"
 fi
@@ -60,7 +60,7 @@ unit() { # unit PERCENT TASKSET ARM SEED: all of one arm and one pretraining see
 
   local quantizer=laq$seed options="" video="" init=$stage/vla/stage2
   case $arm in
-    learned3) quantizer=laq3_$seed options="--action-fraction 0.03" ;;
+    labelled) quantizer=laq_labelled$seed options="--action-fraction 0.03" ;;
     random) quantizer=laq_random$seed LAQ=0 ;;
   esac
   case $arm in
@@ -74,8 +74,8 @@ unit() { # unit PERCENT TASKSET ARM SEED: all of one arm and one pretraining see
   case $arm in codes | random) video=${video/vectors/codes} ;; esac
   local pretrain=$video
   case $arm in
-    permuted | frame) pretrain="$video --null $arm" video="" ;;
-    oracle) pretrain="--mode actions" ;;
+    permuted | frame) pretrain="$video --null $arm" ;;              # of stage 2 alone
+    oracle) pretrain="--mode actions" DEMOS=0 ;;
     blind) video="$video --blind" ;;
   esac
   if [ "$arm" = none ]; then
@@ -85,16 +85,15 @@ unit() { # unit PERCENT TASKSET ARM SEED: all of one arm and one pretraining see
       --steps "$VLA" --eval-every "$VLA"
   fi
 
-  local demos steps again run labelled
+  local demos steps again run
   for demos in $DEMOS; do for steps in $ITERATIONS; do for again in $FINETUNE_SEEDS; do
-    [ "$arm" = oracle ] && labelled=0 || labelled=$demos                # 0: all
     run=$stage/demos${demos}_steps${steps}_seed$again
     once "$run/policy/manifest.json" python finetune.py $data --init "$init" $video \
       --out "$run" --seed $((10 * seed + again)) --no-use-state --steps "$steps" \
-      --eval-every $((steps + 1)) --episodes-per-task "$labelled"
+      --eval-every $((steps + 1)) --episodes-per-task "$demos"
     once "$run/rollout/results.json" python rollout.py --policy "$run/policy" --workers 1 \
       --out "$run/rollout" --distract "$distract" --episodes $ROLLOUTS --max-steps $MAX_STEPS \
-      --resume --tasks ${TASKS[$taskset]}
+      --seed 1 --resume --tasks ${TASKS[$taskset]}
   done; done; done
 }
 
@@ -113,7 +112,7 @@ if [ "${1:-}" != --table ]; then
   done
   while [ -n "$(jobs -p)" ]; do wait -n || failed=1; done
   if [ $failed = 1 ]; then
-    echo "some steps failed; started again, the others are not repeated" >&2
+    echo "some steps failed; started again, the others are not repeated; --table shows them" >&2
     exit 1
   fi
   [ "$share" = 1 ] || exit 0
