@@ -1,8 +1,11 @@
 """Table and plot of what label_efficiency.sh measured: python sbatch/label_efficiency.py OUT
 
-Reads OUT/TASKSET+LEVEL/ARM+SEED/demosD_stepsN_seedF/rollout/results.json. A rate is the mean over
-runs, its interval the 95% of a bootstrap that draws runs, and episodes within them. TFLOP are of
-forward and backward in all stages that led to a policy.
+Reads OUT/TASKSET+LEVEL/ARM+SEED/demosD_stepsN_seedF/rollout/results.json; D is 0 where all episodes
+are labelled. Fine-tuning seeds of one pretraining seed are averaged; intervals are the 95% of
+rollout.py's bootstrap, over pretraining seeds and over environment seeds, which all arms share, and
+never narrower than Wilson's. A difference to `learned` is of the pretraining seeds that both have.
+TFLOP are of forward and backward of what learns, in all stages that led to a policy; labelling and
+decoding, forward passes of frozen networks, are not counted.
 """
 import csv
 import json
@@ -15,22 +18,30 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import rollout  # noqa: E402
+
 matplotlib.use("Agg")
-NAME = re.compile(r"(?P<setting>[a-z]+\d+)/(?P<arm>[a-z]+3?)(?P<seed>\d)/"
+NAME = re.compile(r"(?P<setting>[a-z]+\d+)/(?P<arm>[a-z]+)(?P<seed>\d+)/"
                   r"demos(?P<demos>\d+)_steps(?P<steps>\d+)_seed(?P<again>\d+)/rollout")
+BASE = "learned"
+COLUMNS = "setting demos steps arm success low high difference its_low its_high seeds runs " \
+          "episodes tflop".split()
 
 
 def read(out: Path) -> tuple[dict, dict]:
-    """{(setting, arm, demos, steps): [successes of a run, bool (episodes,), ...]}, and the same
-    with the TFLOP of a run."""
+    """{(setting, demos, steps): {arm: {pretraining seed: [evaluations of rollout.py]}}}, and the
+    TFLOP of a run, {(setting, demos, steps, arm): TFLOP}."""
     cells, compute = {}, {}
     for path in sorted(out.glob("*/*/*/rollout/results.json")):
         found = NAME.fullmatch(str(path.parent.relative_to(out)))
         if found:
-            key = found["setting"], found["arm"], int(found["demos"]), int(found["steps"])
-            episodes = json.loads(path.read_text())["episodes"]
-            cells.setdefault(key, []).append(np.array([e["success"] for e in episodes]))
-            compute[key] = total_tflop(path.parents[1])
+            key = found["setting"], int(found["demos"]), int(found["steps"])
+            seeds = cells.setdefault(key, {}).setdefault(found["arm"], {})
+            evaluation = rollout.read_evaluation(path.parent)
+            seeds.setdefault(int(found["seed"]), []).append(evaluation)
+            tflop = total_tflop(path.parents[1])
+            compute[*key, found["arm"]] = max(tflop, compute.get((*key, found["arm"]), 0.0))
     return cells, compute
 
 
@@ -50,67 +61,105 @@ def total_tflop(run: Path) -> float:
     return total
 
 
-def interval(runs: list[np.ndarray]) -> tuple[float, float, float]:
-    """Mean success and its 95% interval."""
-    rng, means = np.random.default_rng(0), []
-    for _ in range(1000):
-        drawn = [runs[i] for i in rng.integers(len(runs), size=len(runs))]
-        means.append(np.mean([rng.choice(run, len(run)).mean() for run in drawn]))
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(np.mean([run.mean() for run in runs])), float(low), float(high)
+def row_of(key: tuple, arms: dict, arm: str, tflop: float) -> dict:
+    """One line of the table: an arm's success and its difference to BASE, of a cell's evaluations
+    by arm and pretraining seed."""
+    runs = [run for its in arms[arm].values() for run in its]
+    rollout.check_comparable({name: sum(its.values(), []) for name, its in arms.items()})
+    rate, drawn = resample({arm: arms[arm]})[arm]
+    episodes = len(runs[0]["episodes"])
+    low, high = rollout.wilson(rate * episodes, episodes)
+    widest = np.quantile(drawn, [0.025, 0.975]).clip(0, 1)
+    values = [*key, arm, rate, min(low, widest[0]), max(high, widest[1]), *[None] * 3]
+    both = arms[arm].keys() & arms.get(BASE, {}).keys()
+    if arm != BASE and both:
+        pair = resample({name: {seed: arms[name][seed] for seed in both} for name in (arm, BASE)})
+        (mine, its_drawn), (base, base_drawn) = pair[arm], pair[BASE]
+        values[-3:] = mine - base, *np.quantile(its_drawn - base_drawn, [0.025, 0.975])
+    values += [len(arms[arm]), len(runs), episodes, tflop]
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def resample(arms: dict) -> dict[str, tuple]:
+    """{arm: {seed: [evaluations]}} -> {arm: (rate, rates of the bootstrap's draws)}"""
+    success = {}
+    for name, seeds in arms.items():
+        each = [np.mean([rollout.outcomes(run) for run in its], 0) for its in seeds.values()]
+        success[name] = np.stack(each)                              # (seeds, tasks, episodes)
+    drawn = rollout.bootstrap(success)
+    return {name: (rollout.rates(x)[-1], drawn[name][:, -1]) for name, x in success.items()}
 
 
 def main(out: Path):
-    runs, compute = read(out)
-    cells = {key: (*interval(runs[key]), len(runs[key]), compute[key]) for key in sorted(runs)}
+    cells, compute = read(out)
     if not cells:
         raise SystemExit(f"label_efficiency: no results in '{out}'")
+    order = [BASE, *sorted({arm for arms in cells.values() for arm in arms} - {BASE})]
+    rows = [row_of(key, cells[key], arm, compute[*key, arm])
+            for key in sorted(cells) for arm in order if arm in cells[key]]
     with (out / "results.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow("setting arm demos steps success low high runs tflop".split())
-        writer.writerows([*key, *map("{:.3f}".format, value[:3]), *value[3:]]
-                         for key, value in cells.items())
-    lines = ["| video | demonstrations | arm | iterations | success [95%] | runs | TFLOP |",
-             "|" + "---|" * 7]
-    for (setting, arm, demos, steps), (mean, low, high, n, tflop) in cells.items():
-        lines.append(f"| {setting} | {demos} | {arm} | {steps} "
-                     f"| {mean:.2f} [{low:.2f}, {high:.2f}] | {n} | {tflop:.1f} |")
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [f"| video | demonstrations | iterations | arm | success [95%] | less {BASE} | seeds "
+             f"| runs | episodes | TFLOP |", "|" + "---|" * 10]
+    lines += [describe(row) for row in rows]
     (out / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    plot(cells, out / "success.png")
+    plot(rows, order, out / "success.png")
     print(f"{out}/table.md, results.csv, success.png")
 
 
-def plot(cells: dict, path: Path):
+def describe(row: dict) -> str:
+    less = ""
+    if row["difference"] is not None:
+        less = "{difference:+.2f} [{its_low:+.2f}, {its_high:+.2f}]".format(**row)
+    demos = row["demos"] or "all"
+    return (f"| {row['setting']} | {demos} | {row['steps']} | {row['arm']} "
+            f"| {row['success']:.2f} [{row['low']:.2f}, {row['high']:.2f}] | {less} "
+            f"| {row['seeds']} | {row['runs']} | {row['episodes']} | {row['tflop']:.1f} |")
+
+
+def plot(rows: list[dict], arms: list[str], path: Path):
     """A row a setting: success over demonstrations after the iterations that most cells have, and
-    over iterations with two demonstrations, or as many as there are."""
-    settings, arms = (sorted({key[i] for key in cells}) for i in (0, 1))
-    cells_of = Counter(key[3] for key in cells)
-    steps = max(cells_of, key=lambda n: (cells_of[n], n))
-    demos = 2 if any(key[2] == 2 for key in cells) else max(key[2] for key in cells)
+    over iterations with two demonstrations, or as many as there are. Dashed: an arm to which all
+    episodes are labelled."""
+    settings = sorted({row["setting"] for row in rows})
+    steps = Counter(row["steps"] for row in rows).most_common()
+    steps = max(steps, key=lambda item: item[::-1])[0]
+    few = sorted({row["demos"] for row in rows} - {0})
+    demos = 2 if 2 in few else max(few, default=0)
     fig, axes = plt.subplots(len(settings), 2, figsize=(9, 3.2 * len(settings)), squeeze=False)
-    for row, setting in zip(axes, settings):
-        for arm in arms:
-            mine = {key[2:]: v for key, v in cells.items() if key[:2] == (setting, arm)}
-            over_demos = {d: v for (d, n), v in mine.items() if n == steps}
-            over_steps = {n: v for (d, n), v in mine.items() if d == demos}
-            for ax, curve in zip(row, (over_demos, over_steps)):
-                if curve:
-                    mean, low, high, *_ = np.array(list(curve.values())).T
-                    ax.errorbar(list(curve), mean, (mean - low, high - mean), label=arm,
-                                marker="o", capsize=2)
-        row[0].set(title=f"{setting}, {steps} iterations", xlabel="demonstrations a task")
-        row[1].set(title=f"{setting}, {demos} demonstrations", xlabel="iterations")
-        row[1].set_xscale("symlog", linthresh=100)                      # 0 is one of them
-        for ax, i in zip(row, (2, 3)):
-            values = sorted({key[i] for key in cells})
+    for setting, (left, right) in zip(settings, axes):
+        mine = [row for row in rows if row["setting"] == setting]
+        for number, arm in enumerate(arms):
+            its = [row for row in mine if row["arm"] == arm]
+            at_steps = [row for row in its if row["steps"] == steps]
+            curve(left, "demos", [row for row in at_steps if row["demos"]], arm, number)
+            curve(right, "steps", [row for row in its if row["demos"] in (0, demos)], arm, number)
+            for row in at_steps:
+                if not row["demos"]:
+                    left.axhline(row["success"], color=f"C{number}", ls="--", label=arm)
+        left.set(title=f"{setting}, {steps} iterations", xlabel="demonstrations a task")
+        right.set(title=f"{setting}, {demos} demonstrations", xlabel="iterations")
+        right.set_xscale("symlog", linthresh=100)                   # 0 is one of them
+        for ax, ticks in ((left, few), (right, sorted({row["steps"] for row in mine}))):
             ax.set(ylim=(0, 1), ylabel="success")
-            ax.set_xticks(values, values, minor=False)
+            ax.set_xticks(ticks, ticks)
             ax.minorticks_off()
             if ax.has_data():
                 ax.legend(fontsize=7)
     fig.tight_layout()
     fig.savefig(path, dpi=100)
+
+
+def curve(ax, x: str, rows: list[dict], arm: str, number: int):
+    rows = sorted(rows, key=lambda row: row[x])
+    if rows:
+        mean, low, high = (np.array([row[name] for row in rows])
+                           for name in ("success", "low", "high"))
+        ax.errorbar([row[x] for row in rows], mean, (mean - low, high - mean), color=f"C{number}",
+                    label=arm, marker="o", capsize=2)
 
 
 if __name__ == "__main__":
