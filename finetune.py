@@ -442,8 +442,8 @@ class Decoder:
     shown twice, as it is and shaken. It looks from the first camera alone: with further ones,
     which it has of the first frame, it read less (R2 .81 in place of .86).
 
-    metrics: held-out R2, beside that of pooled pixel differences in place of the latents and that
-    of the first frame's readout alone.
+    metrics: held-out R2, beside that of pooled pixel differences in place of the latents, of the
+    readouts without latents, and of the first frame's readout alone, which sees no change.
     """
 
     def __init__(self, cfg: Config, model: Policy, episodes: int, labeller, tokens, device):
@@ -469,7 +469,8 @@ class Decoder:
         readouts = "readout", "later_readout"
         for name, features in {"": ("latent", "later_latent", *readouts),
                                "_pooled_difference": ("pooled", "later_pooled", *readouts),
-                               "_readout_alone": ("readout",)}.items():
+                               "_readouts": readouts,
+                               "_frame": ("readout",)}.items():
             x, x_val = ([rows[feature] for feature in features] for rows in (fit, val))
             maps[name] = KernelRidge(x, fit["chunk"], fit["episode"])
             unit = fit["chunk"].std(0).clamp(min=1e-3)
@@ -498,8 +499,8 @@ class Decoder:
     def describe(self) -> str:
         m = self.metrics
         return (f"decoder of actions, fitted on {m['rows']} labelled pairs: held-out R2 "
-                f"{m['r2']:.2f} (pooled differences {m['r2_pooled_difference']:.2f}, without "
-                f"latents {m['r2_readout_alone']:.2f})")
+                f"{m['r2']:.2f} (pooled differences for latents {m['r2_pooled_difference']:.2f}, "
+                f"readouts alone {m['r2_readouts']:.2f}, frame t alone {m['r2_frame']:.2f})")
 
     def collect(self, model: Policy, loader, batches: int, *changes) -> dict:
         """A loader's distinct labelled pairs whose chunk is whole, as tensors of M rows; then the

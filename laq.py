@@ -766,7 +766,8 @@ def label(model: LAQ, control: LAQ, frames) -> dict:
             "control": its_vectors.flatten(1),
             "control_latents": its_latents.flatten(1),
             "difference": difference.mean((2, 3)),                      # (B, 3)
-            "pooled": pooled.flatten(1)}                                # (B, 192)
+            "pooled": pooled.flatten(1),                                # (B, 192)
+            "picture": F.adaptive_avg_pool2d(a, 8).flatten(1)}          # of frame t, (B, 192)
 
 
 @torch.no_grad()
@@ -883,6 +884,7 @@ def metrics_of(fit: dict, val: dict, dims: list[int], cfg: Config) -> dict:
             **reconstruction(val),
             **code_use(val, cfg),
             **stillness(val),
+            **foresight(fit, val, cfg),
             **probes(fit, val, columns, cfg),
             **meaning(fit, val, columns, cfg)}
 
@@ -924,6 +926,20 @@ def stillness(val: dict) -> dict:
     return {"still_same": count.max() / count.sum(),
             "still_elsewhere": has_it.mean(),
             "still_elsewhere_motion": motion_of_them / motion.mean()}
+
+
+def foresight(fit: dict, val: dict, cfg: Config) -> dict:
+    """How often frame t alone, in 8x8 colours, tells the codes, by kernel ridge, and how often the
+    commonest code is right. What no frame t tells, no stage 2 can learn."""
+    if len(np.unique(fit["episode"])) < 2:
+        return {}
+    S, K = val["codes"].shape[1], cfg.codes
+    which = F.one_hot(torch.from_numpy(fit["codes"]), K).flatten(1)     # (N, S*K)
+    probe = KernelRidge([torch.from_numpy(fit["picture"])], which, fit["episode"])
+    told = probe([torch.from_numpy(val["picture"])])
+    told, commonest = (x.unflatten(-1, (S, K)).argmax(-1).numpy() for x in (told, which.sum(0)))
+    return {"codes_from_frame": (told == val["codes"]).mean(),
+            "codes_majority": (commonest == val["codes"]).mean()}
 
 
 # The pooled difference is 192 unquantized numbers, more than S*log2(K) bits can carry: a ceiling.
@@ -977,9 +993,14 @@ def report_card(m: dict) -> str:
     used = m["codes_used"]
     checks = [(used >= 0.5, f"codes used {used:.0%} (at least 50%)"),
               (gap >= 0.5, f"shuffled codes cost {gap:.2f} dB (at least 0.5)")]
+    if "codes_from_frame" in m:
+        told, commonest = m["codes_from_frame"], m["codes_majority"]
+        checks.append((told > commonest, f"codes told by frame t alone {told:.0%} (the commonest "
+                       f"code {commonest:.0%}): there is something to predict"))
     if "few_label_r2" in m:
         mine = m["few_label_r2"]
-        text = f"motion from 2 labelled episodes a task: R2 {mine:.2f}"
+        text = (f"motion from 2 labelled episodes a task: R2 {mine:.2f}, of codes "
+                f"{m['few_label_r2_codes']:.2f}")
         for what in ("random quantizer", "pooled difference"):
             other = m[f"few_label_r2_{what.replace(' ', '_')}"]
             checks.append((mine > other, f"{text} ({what} {other:.2f})"))

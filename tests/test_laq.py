@@ -174,6 +174,7 @@ def samples_of(rng, dataset, n, K=8):
             "control": rng.standard_normal((n, 2 * K)), "difference": rng.random((n, 3)),
             "control_latents": rng.standard_normal((n, 2 * K)), "episode": np.arange(n) // 40,
             "pooled": rng.random((n, 192)), "mean_flow": rng.random((n, 2)),
+            "picture": np.eye(K)[codes[:, 0]],                          # tells the first token
             "mse": np.full((n, 4), 0.01), "ssim": np.full((n, 2), 0.9), "action_sum": motion,
             "dataset": np.full(n, dataset), "instruction": np.full(n, "go", object)}
 
@@ -195,6 +196,8 @@ def test_a_mix_is_measured_dataset_by_dataset(monkeypatch):
     assert m["codes_used"] == 1 and m["big/codes_used"] == m["small/codes_used"] == 0.5
     assert "probe R2" in laq.describe(m, cfg)
     assert m["few_label_r2"] > 0.9 > m["few_label_r2_random_quantizer"]
+    assert m["big/codes_from_frame"] > 0.55 and m["big/codes_majority"] < 0.4
+    assert "pass  codes told by frame t alone" in laq.report_card(m)
     few = {k: v for k, v in m.items() if "probe" not in k}
     assert "too few samples" in laq.describe(few, cfg)
 
