@@ -933,13 +933,16 @@ def foresight(fit: dict, val: dict, cfg: Config) -> dict:
     commonest code is right. What no frame t tells, no stage 2 can learn."""
     if len(np.unique(fit["episode"])) < 2:
         return {}
-    S, K = val["codes"].shape[1], cfg.codes
-    which = F.one_hot(torch.from_numpy(fit["codes"]), K).flatten(1)     # (N, S*K)
-    probe = KernelRidge([torch.from_numpy(fit["picture"])], which, fit["episode"])
-    told = probe([torch.from_numpy(val["picture"])])
-    told, commonest = (x.unflatten(-1, (S, K)).argmax(-1).numpy() for x in (told, which.sum(0)))
-    return {"codes_from_frame": (told == val["codes"]).mean(),
-            "codes_majority": (commonest == val["codes"]).mean()}
+    picture, its_picture = (torch.from_numpy(rows["picture"]) for rows in (fit, val))
+    codes, its_codes = (torch.from_numpy(rows["codes"]) for rows in (fit, val))
+    which = F.one_hot(codes, cfg.codes).double()                        # (N, S, K)
+    probe = KernelRidge([picture], which.flatten(1), fit["episode"])
+    told = probe([its_picture]).unflatten(1, which.shape[1:])
+    commonest = which.sum(0).argmax(-1)                                 # (S,)
+    right = told.argmax(-1) == its_codes                                # (N, S)
+    right_by_chance = commonest == its_codes
+    return {"codes_from_frame": right.numpy().mean(),
+            "codes_majority": right_by_chance.numpy().mean()}
 
 
 # The pooled difference is 192 unquantized numbers, more than S*log2(K) bits can carry: a ceiling.
@@ -1003,7 +1006,8 @@ def report_card(m: dict) -> str:
                 f"{m['few_label_r2_codes']:.2f}")
         for what in ("random quantizer", "pooled difference"):
             other = m[f"few_label_r2_{what.replace(' ', '_')}"]
-            checks.append((mine > other, f"{text} ({what} {other:.2f})"))
+            beside = f"{text} ({what} {other:.2f})"
+            checks.append((mine > other, beside))
     lines = [f"  {'pass' if good else 'FAIL'}  {what}" for good, what in checks]
     good = all(passed for passed, _ in checks)
     verdict = "stage 2 on these latents would teach no more than on a control, and may hurt"
