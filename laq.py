@@ -933,8 +933,10 @@ def foresight(fit: dict, val: dict, cfg: Config) -> dict:
     commonest code is right. What no frame t tells, no stage 2 can learn."""
     if len(np.unique(fit["episode"])) < 2:
         return {}
-    picture, its_picture = (torch.from_numpy(rows["picture"]) for rows in (fit, val))
-    codes, its_codes = (torch.from_numpy(rows["codes"]) for rows in (fit, val))
+    codes = torch.from_numpy(fit["codes"])                              # (N, S)
+    its_codes = torch.from_numpy(val["codes"])
+    picture = torch.from_numpy(fit["picture"])                          # (N, 192)
+    its_picture = torch.from_numpy(val["picture"])
     which = F.one_hot(codes, cfg.codes).double()                        # (N, S, K)
     probe = KernelRidge([picture], which.flatten(1), fit["episode"])
     told = probe([its_picture]).unflatten(1, which.shape[1:])
