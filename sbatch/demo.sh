@@ -57,7 +57,7 @@ done
 
 echo "== roll out ($((SECONDS / 60)) min $((SECONDS % 60)) s so far)"
 python rollout.py --policy $OUT/{latent,none,random,pooled,oracle} --out $OUT/rollout --resume \
-  --episodes $ROLLOUTS --max-steps $MAX_STEPS --seed 1 $TASKS     # seed 0: what choices were made on
+  --episodes $ROLLOUTS --max-steps $MAX_STEPS --seed 1 $TASKS     # on seed 0 choices were made
 echo "latent = video labelled by the learned latent actions; none = no video; random = a random
 quantizer's codes; pooled = pooled pixel differences, nothing learned; oracle = true actions of all
 video. Others: 2 demonstrations a task. $FINETUNE iterations, one training seed.
