@@ -238,6 +238,9 @@ class CodeTokens(LatentPolicy):
 
     With --parallel-decode S - 1 learned queries follow <ACTION>, and it and they predict a code
     each at once. They too see only what stands before them: so <ACTION> reads as in finetune.py.
+
+    The output layer is the input layer. Where the pretrained model had another one (Llama 2 has),
+    words begin with wrong logits; they only compete with the codes in the softmax of the loss.
     """
 
     def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module):
@@ -2656,8 +2659,9 @@ def look_at(model: LatentPolicy, cfg: Config, inputs_of, loader) -> dict:
 
 def load_decoder(laq_ckpt: str, labeller, device):
     """laq.py's decoder.pt2 beside the labeller: fn(frame t uint8 (B, H, H, 3), codes (B, S)) ->
-    frame t+k uint8 (B, h, h, 3) of its own size; None where there is none. Exits where it is not
-    that labeller's, or its stored probe does not give the stored pictures."""
+    frame t+k uint8 (B, h, h, 3) of its own size, on the device, wherever these are; None where
+    there is none. Exits where it is not that labeller's, or its stored probe does not give the
+    stored pictures."""
     path = Path(laq_ckpt).with_name("decoder.pt2")
     if labeller.codebook is None or not path.is_file():
         return None
@@ -2667,12 +2671,12 @@ def load_decoder(laq_ckpt: str, labeller, device):
         tensors = safetensors_load(base64.b64decode(extra["tensors.safetensors.b64"]))
         if manifest["schema"] != "decoder.v1":
             fail(f"'{path}': schema is {manifest['schema']!r}, expected 'decoder.v1'")
-        names = "probe_frames", "probe_codes", "probe_images", "codebook"
-        frames, codes, images, codebook = (tensors[name].to(device) for name in names)
-        size = manifest["image_size"]
+        names = "probe_frames", "probe_codes", "probe_images"
+        frames, codes, images = (tensors[name].to(device) for name in names)
+        codebook, size = tensors["codebook"], manifest["image_size"]
     except (KeyError, ValueError, SafetensorError) as error:
         fail(f"'{path}' is damaged or no decoder ({type(error).__name__}: {error})")
-    if not torch.equal(codebook.cpu(), labeller.codebook):
+    if not torch.equal(codebook, labeller.codebook):
         fail(f"'{path}' decodes the codes of another labeller than '{laq_ckpt}'; export both "
              f"again: laq.py --export-only --resume")
     if device.type != "cpu":
@@ -2681,8 +2685,10 @@ def load_decoder(laq_ckpt: str, labeller, device):
     off = (module(frames, codes).int() - images.int()).abs().max().item()
     if off > 2:                                                         # grey levels: of rounding
         fail(f"'{path}': the probe gives pictures that are {off} grey levels off")
-    S = len(codebook)                                                   # of the first pair
-    return lambda frames, codes: module(data_oxe.resize_to(frames, size), codes[:, :S])
+    def decode(frames, codes):
+        now = data_oxe.resize_to(frames.to(device), size)
+        return module(now, codes[:, :len(codebook)].to(device))         # codes of the first pair
+    return decode
 
 
 def plot_trend(f: Findings):

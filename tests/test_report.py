@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from common import ROOT, TINY, metrics
+from common import ROOT, TINY, OnlyMeta, metrics
 from test_laq import loader_of, model_of
 
 import laq
@@ -163,7 +163,7 @@ def test_a_model_that_ignores_the_picture_is_found_out():
 
 
 # ------------------------------------------------------------ the decoder and the analysis
-def test_the_decoder_is_that_of_the_checkpoint(data, tmp_path):
+def test_the_decoder_is_that_of_the_checkpoint(data, tmp_path, monkeypatch):
     model = model_of(out=str(tmp_path), codes=8)
     for weight in model.decoder.parameters():               # as built it copies frame t
         torch.nn.init.normal_(weight, std=0.2)
@@ -177,6 +177,11 @@ def test_the_decoder_is_that_of_the_checkpoint(data, tmp_path):
     expected = laq.to_uint8(model.decoder(a, vectors)[0]).int()
     assert (decode(frames[:, 0], codes).int() - expected).abs().max() <= 1
     assert (decode(frames[:1, 0], 7 - codes[:1]).int() - expected[:1]).abs().max() > 2
+    with monkeypatch.context() as patch:                    # on another device, as on a GPU
+        patch.setattr(torch.Tensor, "item", lambda x: 0)    # of meta tensors there is none
+        there = vla.load_decoder(path, labeller, torch.device("meta"))
+        with OnlyMeta(patch):
+            assert there(frames[:, 0], codes).device.type == "meta"
     labeller.codebook = labeller.codebook + 1
     with pytest.raises(SystemExit, match="decodes the codes of another labeller"):
         vla.load_decoder(path, labeller, device)
