@@ -690,7 +690,7 @@ class Evaluation:
     def __init__(self, model: LatentPolicy, cfg: Config, loaders: dict, inputs_of):
         self.collect = partial(collect, model, cfg, inputs_of)
         self.loaders, self.names = loaders, loaders["val"].names
-        self.first, self.before = {}, {}                    # metrics, resampled scores
+        self.before = {}                                    # resampled scores
         known = labels_of(model, cfg, inputs_of, loaders["many"])
         present = np.unique(known["dataset"])
         self.baselines = {i: baseline_of(rows_of(known, i)) for i in present}
@@ -714,7 +714,6 @@ class Evaluation:
             metrics |= mix_of(val["dataset"], self.names, "mix") | self.mix
             for name, its in each.items():
                 metrics |= {f"{name}/{key}": value for key, value in its.items()}
-        self.first = self.first or metrics
         return metrics
 
     def intervals(self, draws: dict) -> dict:
@@ -924,7 +923,7 @@ def verdict(m: dict) -> tuple[bool, str]:
 
 def report_card(first: dict, last: dict) -> str:
     """Whether this stage taught something, one check a line with its figures. first: of the
-    evaluation that this process began with."""
+    untrained model; {} where nothing tells it."""
     checks = [verdict(last),
               (last["target_r2"] > 0.02, f"R2 of the target {last['target_r2']:.2f} (above .02)")]
     if "accuracy" in last:
@@ -933,7 +932,7 @@ def report_card(first: dict, last: dict) -> str:
         checks.append((mine > max(majority, other),
                        f"nearest-code accuracy {mine:.3f} (majority code {majority:.3f}, the "
                        f"instruction with another sample's picture {other:.3f})"))
-    if "action_r2_few_readout" in last:
+    if "action_r2_few_readout" in first.keys() & last.keys():
         names = "action_r2_few_readout", "action_r2_few_prediction"
         mine, before = (max(m[name] for name in names) for m in (last, first))
         checks.append((mine > before, f"actions from 2 labelled episodes a task: R2 {mine:.2f} (at "
@@ -1005,7 +1004,8 @@ def main(cfg: Config) -> int:
 
     if not stop:
         export(model, cfg, cfg.steps, tokenizer, labeller.manifest)
-        log.print(f"trunk and head: {cfg.out}/stage2\n{report_card(evaluate.first, metrics)}")
+        untrained = validations_of(cfg.out).get(0, {})
+        log.print(f"trunk and head: {cfg.out}/stage2\n{report_card(untrained, metrics)}")
     return log.close(stop)
 
 
@@ -1309,6 +1309,14 @@ def resampled(val: dict, baseline: dict, draws: int = 1000) -> dict:
         samples = total(np.ones(len(right)))
         out["accuracy"] = total(right.mean(1)) / samples
     return out
+
+
+def validations_of(folder) -> dict[int, dict]:
+    """Those that stand in a run's metrics.jsonl, by their steps."""
+    path = Path(folder) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {line["step"]: {name.removeprefix("val_"): x for name, x in line.items()}
+            for line in lines if "val_loss" in line}
 
 
 def mean_of_datasets(each: dict) -> dict:
@@ -2570,7 +2578,7 @@ class Findings:
     names: tuple                            # datasets of the mix
     pairs: dict                             # lists and arrays of M rows, see look_at
     decoder: object                         # load_decoder's, or None
-    history: list                           # lines of metrics.jsonl with a validation
+    history: dict                           # {step: metrics of a validation}
     rng: np.random.Generator
 
     def __post_init__(self):
@@ -2630,9 +2638,7 @@ def find(cfg: Config) -> tuple[Findings, dict, int]:
     shown = load(cfg, "val", 64, seed=1000 * cfg.seed + step, shuffle_mb=64)
     pairs = look_at(model, cfg, inputs_of, shown)
     decoder = load_decoder(cfg.laq_ckpt, labeller, device)
-    path = Path(cfg.analyze).with_name("metrics.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    history = [line for line in lines if "val_loss" in line]
+    history = validations_of(Path(cfg.analyze).parent)
     findings = Findings(shown.names, pairs, decoder, history, np.random.default_rng(step))
     return findings, metrics, step
 
@@ -2693,7 +2699,7 @@ def load_decoder(laq_ckpt: str, labeller, device):
 
 def plot_trend(f: Findings):
     """Validations over steps, with 95% intervals, beside their baselines"""
-    steps = [line["step"] for line in f.history]
+    steps = [*f.history]
     if not steps:
         return None
     curves = {"nearest code": ("accuracy", "accuracy_majority", "accuracy_image_only",
@@ -2702,7 +2708,7 @@ def plot_trend(f: Findings):
                                    "target_r2_instruction_only"),
               "R2 of actions": [f"action_r2_{label}_{feature}" for label in ("few", "many")
                                 for feature in ("prediction", "readout")]}
-    values = {name: [line.get(f"val_{name}", math.nan) for line in f.history]
+    values = {name: [metrics.get(name, math.nan) for metrics in f.history.values()]
               for names in curves.values() for curve in names
               for name in (curve, f"{curve}_low", f"{curve}_high")}
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.2))

@@ -27,11 +27,13 @@ def trains(log, since):
 
 
 @pytest.mark.parametrize("stage", ["laq", "vla", "finetune"])
-def test_killed_runs_continue_as_unbroken_ones(stage, data, stages, tmp_path):
-    """A checkpoint is being written most of the time, so kills hit that, too."""
+def test_killed_runs_continue_as_unbroken_ones(stage, data, stages, tmp_path, capsys):
+    """A checkpoint is being written most of the time, so kills hit that, too. The report card, if
+    the stage has one, compares with the untrained model, not with where the run went on."""
     steps = 12 + 12 * KILLS                                 # more than are done between two kills
     args = [*stage_args(stage, data, stages), "--steps", steps, "--save-every", 1]
     run_here(f"{stage}.py", *args, "--out", tmp_path / "whole")
+    card = capsys.readouterr().out.partition("report card")[2]
     broken, log = tmp_path / "broken", tmp_path / "broken/metrics.jsonl"
     args += ["--out", broken, "--resume", "auto"]
     for seed in range(KILLS):
@@ -48,6 +50,8 @@ def test_killed_runs_continue_as_unbroken_ones(stage, data, stages, tmp_path):
     with open(log, "a") as file:
         file.write('{"step": 7, "lo')                       # a line that the disk had no room for
     run_here(f"{stage}.py", *args)
+    assert capsys.readouterr().out.partition("report card")[2] == card
+    assert "at the start" in card or stage != "vla"
     whole, resumed = (metrics(x, "loss")["loss"] for x in (tmp_path / "whole", broken))
     assert list(resumed) == list(whole) == list(range(steps))
     np.testing.assert_allclose([*resumed.values()], [*whole.values()], rtol=1e-4)
