@@ -1004,7 +1004,7 @@ def report_card(m: dict) -> str:
                        f"code {commonest:.0%}): there is something to predict"))
     if "few_label_r2" in m:
         mine = m["few_label_r2"]
-        text = (f"motion from 2 labelled episodes a task: R2 {mine:.2f}, of codes "
+        text = (f"motion from few labelled episodes a task: R2 {mine:.2f}, of codes "
                 f"{m['few_label_r2_codes']:.2f}")
         for what in ("random quantizer", "pooled difference"):
             other = m[f"few_label_r2_{what.replace(' ', '_')}"]

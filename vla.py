@@ -859,8 +859,8 @@ def population(val: dict, baseline: dict) -> dict:
 
 def action_probes(val: dict, fits: dict) -> dict:
     """What the trunk knows about actions, where the dataset has them: held-out R2 of a kernel ridge
-    from the prediction and from the readout to action chunks, fitted on 2 training episodes a task
-    (few) and on many."""
+    from the prediction and from the readout to action chunks, fitted on few training episodes a
+    task (evaluation_loaders) and on many."""
     out = {}
     for label, fit in fits.items():
         for feature in ("prediction", "readout"):
@@ -870,20 +870,22 @@ def action_probes(val: dict, fits: dict) -> dict:
     return out
 
 
-def describe(m: dict) -> str:
-    """A line on codes, on vectors, on actions; the verdict; of several datasets a table."""
+def describe(m: dict, cfg: Config, step: int) -> str:
+    """A line on codes, on vectors, on actions; the verdict, but of an untrained model; of several
+    datasets a table."""
     lines = []
     if "accuracy" in m:
         lines.append(f"nearest code {describe_score(m, 'accuracy')} | "
                      f"top-5 {m['top5']:.3f} ({m['top5_majority']:.3f}) | "
                      f"codes used {m['codes_unique']:.0f} of {m['codes_unique_true']:.0f}")
     lines.append(f"R2 of the target {describe_score(m, 'target_r2')} | loss {m['loss']:.3f}")
-    for name, labels in {"few": "2 episodes a task", "many": "many"}.items():
+    few = f"{cfg.episodes_per_task or 2} episodes a task"
+    for name, labels in {"few": few, "many": "many"}.items():
         if f"action_r2_{name}_readout" in m:
             prediction, readout = (m[f"action_r2_{name}_{x}"] for x in ("prediction", "readout"))
             lines.append(f"actions from {labels}: R2 {prediction:.2f} by prediction, "
                          f"{readout:.2f} by readout")
-    if "target_r2_trend" in m:                                  # not of an untrained model
+    if step:
         lines.append(verdict(m)[1])
     return "\n  ".join([*lines, *table_of(m)])
 
@@ -921,7 +923,7 @@ def verdict(m: dict) -> tuple[bool, str]:
                    f"pretraining on these would hurt")
 
 
-def report_card(first: dict, last: dict) -> str:
+def report_card(first: dict, last: dict, cfg: Config) -> str:
     """Whether this stage taught something, one check a line with its figures. first: of the
     untrained model; {} where nothing tells it."""
     checks = [verdict(last),
@@ -935,8 +937,9 @@ def report_card(first: dict, last: dict) -> str:
     if "action_r2_few_readout" in first.keys() & last.keys():
         names = "action_r2_few_readout", "action_r2_few_prediction"
         mine, before = (max(m[name] for name in names) for m in (last, first))
-        checks.append((mine > before, f"actions from 2 labelled episodes a task: R2 {mine:.2f} (at "
-                       f"the start {before:.2f})"))
+        few = f"{cfg.episodes_per_task or 2} labelled episodes a task"
+        checks.append((mine > before,
+                       f"actions from {few}: R2 {mine:.2f} (at the start {before:.2f})"))
     lines = [f"  {'pass' if good else 'FAIL'}  {what}" for good, what in checks]
     good = all(good for good, _ in checks)
     summary = "the trunk learned from the video" if good else "a policy from this trunk may be " \
@@ -975,7 +978,7 @@ def main(cfg: Config) -> int:
         if not stop and (last or step % cfg.eval_every == 0):
             with log.paused():
                 metrics = evaluate()
-            log.validation(step, metrics, describe(metrics))
+            log.validation(step, metrics, describe(metrics, cfg, step))
             save.judge(step, metrics["loss"])
         if stop or last or (step > start and save.due(step)):
             with log.paused():
@@ -1005,7 +1008,7 @@ def main(cfg: Config) -> int:
     if not stop:
         export(model, cfg, cfg.steps, tokenizer, labeller.manifest)
         untrained = validations_of(cfg.out).get(0, {})
-        log.print(f"trunk and head: {cfg.out}/stage2\n{report_card(untrained, metrics)}")
+        log.print(f"trunk and head: {cfg.out}/stage2\n{report_card(untrained, metrics, cfg)}")
     return log.close(stop)
 
 
@@ -2593,6 +2596,7 @@ def analyze(cfg: Config) -> int:
     all of it inside."""
     check(cfg)
     findings, metrics, step = find(cfg)
+    description = describe(metrics, cfg, step)
     plt.rcParams["axes.titlesize"] = 8
     folder = Path(cfg.out) / "analysis"
     folder.mkdir(parents=True, exist_ok=True)
@@ -2600,7 +2604,7 @@ def analyze(cfg: Config) -> int:
     style = "body{font:14px sans-serif;margin:2em} td{padding:0 1em} img{max-width:100%}"
     page = ["<!doctype html><meta charset=utf-8><title>latent pretraining</title>",
             f"<style>{style}</style><h1>{html.escape(cfg.analyze)}, step {step}</h1>",
-            f"<pre>{html.escape(describe(metrics))}</pre>"]
+            f"<pre>{html.escape(description)}</pre>"]
     for plot in FIGURES:
         drawn = plot(findings)
         if drawn is None:
@@ -2615,7 +2619,7 @@ def analyze(cfg: Config) -> int:
     cells = [f"<tr><td>{html.escape(name)}<td>{value:.3f}" for name, value in metrics.items()]
     page.append(f"<h2>Metrics on held-out episodes</h2><table>{''.join(cells)}</table>")
     (folder / "report.html").write_text("\n".join(page))
-    print(f"{describe(metrics)}\nreport: {folder}/report.html")
+    print(f"{description}\nreport: {folder}/report.html")
     return 0
 
 

@@ -14,6 +14,7 @@ import laq
 import vla
 
 WIDTH = 6                                                   # codes of the hand-made samples
+FEW = "action_r2_few_readout", "action_r2_few_prediction"
 
 
 def samples_of(codes, likeliest, dataset=0):
@@ -153,13 +154,19 @@ def test_a_model_that_ignores_the_picture_is_found_out():
     good, text = vla.verdict(m)
     assert not good and text == ("worse than the majority code on 1 of 2 datasets (untold): "
                                  "pretraining on these would hurt")
-    assert f"FAIL  {text}" in vla.report_card(m, m)
+    cfg = vla.Config(episodes_per_task=5)
+    assert f"FAIL  {text}" in vla.report_card(m, m, cfg)
     as_good = m | {"accuracy": m["accuracy_majority"], "accuracy_instruction_only": 0.0}
-    assert "FAIL  nearest-code accuracy" in vla.report_card(as_good, as_good), "is not learning"
+    card = vla.report_card({}, as_good | dict.fromkeys(FEW, 0.3), cfg)
+    assert "FAIL  nearest-code accuracy" in card, "is not learning"
+    assert "actions from" not in card, "nothing tells what the untrained model knew"
+    card = vla.report_card(dict.fromkeys(FEW, 0.2), as_good | dict.fromkeys(FEW, 0.3), cfg)
+    assert "pass  actions from 5 labelled episodes a task: R2 0.30 (at the start 0.20)" in card
     assert len(vla.table_of(m)) == 3 and vla.table_of(m)[2].startswith("untold")
     again = evaluate()
     assert again["accuracy_trend"] == again["accuracy_trend_low"] == 0
-    assert text in vla.describe(again) and text not in vla.describe(m), "before it has learned"
+    assert text not in vla.describe(again, cfg, 0), "before it has learned"
+    assert text in vla.describe(m, cfg, 9), "also of a first validation: of a checkpoint"
 
 
 # ------------------------------------------------------------ the decoder and the analysis
@@ -211,6 +218,7 @@ def test_a_batch_by_heart_is_analyzed(data, stages, tmp_path, monkeypatch):
     assert numbers["trend"]["step"] == [0, 2] and "distance" in str(numbers["calibration"])
     report = (folder / "report.html").read_text()
     assert report.count("data:image/png") == 5 and "http" not in report
+    assert "worse than the majority code on" in report, "the verdict"
     assert json.loads((folder / "metrics.json").read_text())["step"] == 2
 
 
