@@ -906,8 +906,8 @@ def describe_score(m: dict, name: str) -> str:
 
 
 def verdict(m: dict) -> tuple[bool, str]:
-    """Are predictions of every dataset better than what takes no learning? A dataset with too few
-    samples is not judged."""
+    """Are predictions of every dataset better than what takes no learning? Datasets with too few
+    samples are not judged but counted."""
     better, worse, what = "accuracy", "accuracy_majority", "majority code"
     if "accuracy" not in m:                                             # of errors less is better
         better, worse, what = "mse_mean", "mse", "mean vector"
@@ -915,12 +915,16 @@ def verdict(m: dict) -> tuple[bool, str]:
     bad = [x for x in judged if m[x + better] < m[x + worse]]
     if not judged:
         return True, f"no verdict: no dataset has {FEWEST} held-out samples (--eval-batches)"
+    every = sum(name.endswith("/mix") for name in m) or 1               # also those with none
+    rest = f"; {every - len(judged)} have fewer than {FEWEST} samples (--eval-batches)"
+    if every == len(judged):
+        rest = ""
     if not bad:
-        return True, f"no worse than the {what} on any of {len(judged)} datasets"
+        return True, f"no worse than the {what} on any of {len(judged)} datasets{rest}"
     names = ", ".join(x[:-1] for x in bad if x)
     names = f" ({names})" if names else ""
     return False, (f"worse than the {what} on {len(bad)} of {len(judged)} datasets{names}: "
-                   f"pretraining on these would hurt")
+                   f"pretraining on these would hurt{rest}")
 
 
 def report_card(first: dict, last: dict, cfg: Config) -> str:

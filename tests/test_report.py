@@ -162,6 +162,9 @@ def test_a_model_that_ignores_the_picture_is_found_out():
     assert "actions from" not in card, "nothing tells what the untrained model knew"
     card = vla.report_card(dict.fromkeys(FEW, 0.2), as_good | dict.fromkeys(FEW, 0.3), cfg)
     assert "pass  actions from 5 labelled episodes a task: R2 0.30 (at the start 0.20)" in card
+    rare = m | {"untold/samples": 3, "unseen/mix": 0.0}
+    assert vla.verdict(rare)[1] == ("no worse than the majority code on any of 1 datasets; 2 have "
+                                    "fewer than 16 samples (--eval-batches)")
     assert len(vla.table_of(m)) == 3 and vla.table_of(m)[2].startswith("untold")
     again = evaluate()
     assert again["accuracy_trend"] == again["accuracy_trend_low"] == 0
