@@ -948,6 +948,8 @@ def report_card(first: dict, last: dict, cfg: Config) -> str:
     good = all(good for good, _ in checks)
     summary = "the trunk learned from the video" if good else "a policy from this trunk may be " \
         "worse than one without it"
+    if cfg.overfit:
+        summary = "all of the one batch of --overfit: nothing here is of held-out episodes"
     return "\n".join(["report card", *lines, f"  {summary}"])
 
 

@@ -162,6 +162,10 @@ def test_a_model_that_ignores_the_picture_is_found_out():
     assert "actions from" not in card, "nothing tells what the untrained model knew"
     card = vla.report_card(dict.fromkeys(FEW, 0.2), as_good | dict.fromkeys(FEW, 0.3), cfg)
     assert "pass  actions from 5 labelled episodes a task: R2 0.30 (at the start 0.20)" in card
+    learned = m | {"untold/accuracy": 1.0, "accuracy": 1.0, "target_r2": 0.9}
+    for overfit, says in {False: "learned from the video", True: "the one batch of"}.items():
+        cfg.overfit = overfit
+        assert says in vla.report_card({}, learned, cfg).splitlines()[-1]
     rare = m | {"untold/samples": 3, "unseen/mix": 0.0}
     assert vla.verdict(rare)[1] == ("no worse than the majority code on any of 1 datasets; 2 have "
                                     "fewer than 16 samples (--eval-batches)")
