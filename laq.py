@@ -802,8 +802,9 @@ def collect(model: LAQ, control: LAQ, cfg: Config, loader, device, decoded: bool
         frames = data_oxe.to_device(batch, device, cfg.image_size)["frames"]
         row = label(model, control, frames)
         if decoded:
-            other = torch.from_numpy(another_of_its_dataset(batch["dataset"]))
-            row |= decode(model, frames, other.to(device))
+            other = another_of_its_dataset(batch["dataset"])
+            row |= decode(model, frames, torch.from_numpy(other).to(device))
+            row["has_other"] = torch.from_numpy(other != np.arange(len(other)))
         row = {name: value.cpu().numpy() for name, value in row.items()}
         flow = optical_flow(frames.cpu().numpy())
         row |= {"mean_flow": flow.mean((2, 3)), "main_flow": weighted_flow(flow)}
@@ -892,6 +893,8 @@ def metrics_of(fit: dict, val: dict, dims: list[int], cfg: Config) -> dict:
 def reconstruction(val: dict) -> dict:
     """PSNR in dB: as it is, with another sample's codes, with reversed ones, of frame t; SSIM."""
     error = val["mse"].mean(0)                                          # (4,)
+    if val["has_other"].any():                              # else no gap: the codes were its own
+        error[1] = val["mse"][val["has_other"], 1].mean()
     psnr, shuffled, backwards, copied = -10 * np.log10(error)
     similarity, similarity_copied = val["ssim"].mean(0)
     return {"psnr": psnr,

@@ -730,7 +730,8 @@ class Evaluation:
 @torch.no_grad()
 def collect(model: LatentPolicy, cfg: Config, inputs_of, loader, held_out: bool = False) -> dict:
     """Of a loader's first batches, arrays of M rows: readout (M, W), prediction (M, N), actions
-    (M, C*A), `whole`: none of these is past the end; of held-out ones also what judge() gives."""
+    (M, C*A), `whole`: none of these is past the end; of held-out ones also what judge() gives and
+    `has_other`: another sample's half of the input was there for it."""
     rows, device = [], next(model.parameters()).device
     model.eval()
     for i, batch in enumerate(loader.peek(cfg.eval_batches)):
@@ -738,8 +739,9 @@ def collect(model: LatentPolicy, cfg: Config, inputs_of, loader, held_out: bool 
         tensors = data_oxe.to_device(batch, device, loader.image_size)
         inputs = inputs_of(tensors, labelled=held_out)
         if held_out:
-            other = torch.from_numpy(another_of_its_dataset(batch["dataset"]))
-            row = judge(model, inputs, other.to(device))
+            other = another_of_its_dataset(batch["dataset"])
+            row = judge(model, inputs, torch.from_numpy(other).to(device))
+            row["has_other"] = torch.from_numpy(other != np.arange(len(other)))
         else:
             readout, prediction = model.predict(inputs)
             row = {"readout": readout, "prediction": prediction}
@@ -759,7 +761,7 @@ SWAPPED = {"": (), "_image_only": ("ids", "mask"), "_instruction_only": ("images
 def judge(model: LatentPolicy, inputs: dict, other) -> dict:
     """Loss, target and weight (B, N), readout, codes (B, S) and, of the whole input and of each
     half alone, the prediction and its likeliest codes (B, S, 5). other (B,): for each sample
-    another one of its dataset."""
+    another one of its dataset, where there is one."""
     target, weight = model.target(inputs)
     parts, readout, prediction = model.judge(inputs)
     loss = sum(parts.values()).expand(len(target))
@@ -799,32 +801,44 @@ def measure(val: dict, baseline: dict) -> dict:
     return metrics
 
 
+def counted(val: dict, name: str) -> dict:
+    """The samples of a metric: where half of the input is another's, those that had another."""
+    if not SWAPPED.get(name):
+        return val
+    return {key: x[val["has_other"]] for key, x in val.items()}
+
+
 def errors(val: dict, baseline: dict) -> dict:
     """Squared and absolute error and cosine of predicted vectors, beside those of the mean vector
     of training; target_r2: the share of that one's squared error which is explained."""
-    target, weight = val["target"], val["weight"]
-    count = max(weight.sum(), 1e-9)
-    guesses = {name: val[f"prediction{name}"] for name in SWAPPED}
-    guesses["_mean"] = np.broadcast_to(baseline["mean"], target.shape)
     out = {}
-    for name, guess in guesses.items():
-        error = (guess - target) * weight
+    for name in ("_mean", *SWAPPED):
+        rows = counted(val, name)
+        target, weight = rows["target"], rows["weight"]
+        if not len(target):
+            continue
+        mean = np.broadcast_to(baseline["mean"], target.shape)
+        guess = rows[f"prediction{name}"] if name in SWAPPED else mean
+        error, of_mean = (guess - target) * weight, (mean - target) * weight
+        count = max(weight.sum(), 1e-9)
         out[f"mse{name}"] = (error ** 2).sum() / count
         out[f"mae{name}"] = np.abs(error).sum() / count
         out[f"cosine{name}"] = cosine(guess * weight, target * weight).mean()
-    for name in SWAPPED:
-        left = out[f"mse{name}"] / max(out["mse_mean"], 1e-12)
-        out[f"target_r2{name}"] = 1 - left
+        if name in SWAPPED:
+            left = (error ** 2).sum() / max((of_mean ** 2).sum(), 1e-12)
+            out[f"target_r2{name}"] = 1 - left
     return out
 
 
 def accuracies(val: dict, baseline: dict) -> dict:
     """Is the code among the likeliest one or five? `_majority`: the commonest codes of training."""
     codes, out = val["codes"], {}                                       # (M, S)
-    guesses = {name: val[f"likeliest{name}"] for name in SWAPPED}       # (M, S, 5)
-    guesses["_majority"] = baseline["majority"][None]
-    for name, guess in guesses.items():
-        right = guess == codes[..., None]
+    for name in (*SWAPPED, "_majority"):
+        rows = counted(val, name)
+        if not len(rows["codes"]):
+            continue
+        guess = rows[f"likeliest{name}"] if name in SWAPPED else baseline["majority"]
+        right = guess == rows["codes"][..., None]                       # (M, S, 5)
         top1 = right[..., 0].mean(0)                                    # (S,)
         top5 = right.any(-1).mean(0)
         out |= {f"accuracy{name}": top1.mean(), f"top5{name}": top5.mean()}
@@ -893,8 +907,8 @@ def describe(m: dict, cfg: Config, step: int) -> str:
 def describe_score(m: dict, name: str) -> str:
     """A metric, its interval and trend, and what stands beside it."""
     low, high = m[f"{name}_low"], m[f"{name}_high"]
-    beside = {"image alone": m[f"{name}_image_only"],
-              "instruction alone": m[f"{name}_instruction_only"]}
+    beside = {"image alone": m.get(f"{name}_image_only", math.nan),
+              "instruction alone": m.get(f"{name}_instruction_only", math.nan)}
     if name == "accuracy":
         beside = {"majority code": m["accuracy_majority"], **beside}
     others = ", ".join(f"{what} {value:.3f}" for what, value in beside.items())
@@ -934,7 +948,7 @@ def report_card(first: dict, last: dict, cfg: Config) -> str:
               (last["target_r2"] > 0.02, f"R2 of the target {last['target_r2']:.2f} (above .02)")]
     if "accuracy" in last:
         mine, majority = last["accuracy"], last["accuracy_majority"]
-        other = last["accuracy_instruction_only"]
+        other = last.get("accuracy_instruction_only", math.nan)
         checks.append((mine > max(majority, other),
                        f"nearest-code accuracy {mine:.3f} (majority code {majority:.3f}, the "
                        f"instruction with another sample's picture {other:.3f})"))
@@ -1361,7 +1375,7 @@ COLUMNS = {"mix": "share", "accuracy": "top-1", "accuracy_majority": "majority",
 def table_of(m: dict) -> list[str]:
     """A line a dataset, where there are several."""
     prefixes = datasets_of(m)
-    keys = [key for key in COLUMNS if f"{prefixes[0]}{key}" in m]
+    keys = [key for key in COLUMNS if any(f"{prefix}{key}" in m for prefix in prefixes)]
     if prefixes == [""]:
         return []
     width = max(map(len, prefixes))
@@ -1369,7 +1383,7 @@ def table_of(m: dict) -> list[str]:
     lines = [[" " * width, *(f"{COLUMNS[key]:>11}" for key in keys)]]
     for prefix in prefixes:
         name = prefix[:-1].ljust(width)
-        values = [f"{m[prefix + key]:11.{digits[key]}f}" for key in keys]
+        values = [f"{m.get(prefix + key, math.nan):11.{digits[key]}f}" for key in keys]
         lines.append([name, *values])
     return ["".join(line) for line in lines]
 

@@ -176,7 +176,8 @@ def samples_of(rng, dataset, n, K=8):
             "pooled": rng.random((n, 192)), "mean_flow": rng.random((n, 2)),
             "picture": np.eye(K)[codes[:, 0]],                          # tells the first token
             "mse": np.full((n, 4), 0.01), "ssim": np.full((n, 2), 0.9), "action_sum": motion,
-            "dataset": np.full(n, dataset), "instruction": np.full(n, "go", object)}
+            "has_other": np.arange(n) > 0, "dataset": np.full(n, dataset),
+            "instruction": np.full(n, "go", object)}
 
 
 def test_a_mix_is_measured_dataset_by_dataset(monkeypatch):
@@ -186,6 +187,7 @@ def test_a_mix_is_measured_dataset_by_dataset(monkeypatch):
     big, small = samples_of(rng, 0, 400), samples_of(rng, 1, 20)
     big["codes"], small["codes"] = big["codes"] % 4, 4 + small["codes"] % 4
     both = {k: np.concatenate([big[k], small[k]]) for k in big}
+    both["mse"][both["has_other"], 1] = 0.1                 # the others kept their own codes
     monkeypatch.setattr(laq, "collect", lambda *args, **options: both)
 
     class Loader:
@@ -194,6 +196,7 @@ def test_a_mix_is_measured_dataset_by_dataset(monkeypatch):
     assert m["big/samples"] == 400 and m["small/samples"] == 20 and m["samples"] == 420
     assert m["big/probe_r2"] > 0.9 and "small/probe_r2" not in m and "big/probe_r2_2" not in m
     assert m["codes_used"] == 1 and m["big/codes_used"] == m["small/codes_used"] == 0.5
+    assert m["psnr"] == pytest.approx(20) and m["psnr_shuffled"] == pytest.approx(10)
     assert "probe R2" in laq.describe(m, cfg)
     assert m["few_label_r2"] > 0.9 > m["few_label_r2_random_quantizer"]
     assert m["big/codes_from_frame"] > 0.55 and m["big/codes_majority"] < 0.4

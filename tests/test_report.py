@@ -23,7 +23,8 @@ def samples_of(codes, likeliest, dataset=0):
     codes, likeliest = np.array(codes), np.array(likeliest)             # (M, S), (M, S, 5)
     target, guess = (np.eye(WIDTH)[x].reshape(len(x), -1) for x in (codes, likeliest[..., 0]))
     rows = {"codes": codes, "target": target, "weight": np.ones_like(target),
-            "dataset": np.full(len(codes), dataset), "episode": np.arange(len(codes)) % 2}
+            "dataset": np.full(len(codes), dataset), "episode": np.arange(len(codes)) % 2,
+            "has_other": np.ones(len(codes), bool)}
     for name in vla.SWAPPED:
         rows |= {f"likeliest{name}": likeliest, f"prediction{name}": guess}
     return rows
@@ -49,6 +50,20 @@ def test_metrics_of_four_samples_are_those_counted_by_hand():
     assert m["codes_unique"] == 4 and m["codes_unique_true"] == 3
     assert m["code_entropy"] == pytest.approx(np.log(4))
     assert m["code_entropy_0_true"] == pytest.approx(1.5 * np.log(2))
+
+
+def test_a_sample_without_another_says_nothing_of_half_the_input():
+    """It kept the whole input."""
+    val = samples_of([[0], [1], [1], [3]], [[five(0)], [five(1)], [five(2)], [five(4)]])
+    baseline = vla.baseline_of(val)
+    val["has_other"][:2] = False                            # of these both halves were their own
+    m = vla.measure(val, baseline)
+    assert m["accuracy"] == 0.5 and m["accuracy_image_only"] == 0
+    assert m["mse"] == pytest.approx(4 / (4 * WIDTH)) and m["target_r2_image_only"] < 0
+    assert m["mse_instruction_only"] == pytest.approx(4 / (2 * WIDTH))
+    val["has_other"][:] = False
+    m = vla.measure(val, baseline)
+    assert not [name for name in m if "only" in name] and m["accuracy"] == 0.5
 
 
 def test_histograms_that_are_equal_are_no_distance_apart():
