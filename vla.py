@@ -972,6 +972,9 @@ def main(cfg: Config) -> int:
     check(cfg)
     rank, world, device = setup(cfg)
     local = cfg.batch_size // world                                     # samples a process
+    if cfg.null == "permuted" and local == 1:
+        fail(f"--null permuted gives a process's samples each other's latents, but --batch-size "
+             f"{cfg.batch_size} leaves each process one; give at least {2 * world}")
     labeller, trunk, tokenizer, inputs_of, load = load_stage(cfg, device)
     loader = load(cfg, "train", local, seed=cfg.seed, rank=rank, world=world)
     loaders = evaluation_loaders(cfg, load) | ({"val": loader} if cfg.overfit else {})

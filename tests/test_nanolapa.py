@@ -285,6 +285,8 @@ def test_pictures_are_resized_as_the_loader_does():
     ("vla.py", ["--laq-ckpt", "pooled", "--targets", "codes"],
      "pooled has no codes; give --targets vectors"),
     ("vla.py", ["--mode", "actions", "--null", "frame"], "--null frame is a control of latents"),
+    ("vla.py", ["--laq-ckpt", "pooled", "--null", "permuted", "--batch-size", "1"],
+     "--batch-size 1 leaves each process one; give at least 2"),
     ("vla.py", ["--laq-ckpt", ""], "--mode latents needs --laq-ckpt"),
     ("vla.py", ["--laq-ckpt", "pooled", "--mode", "head"],
      "pooled has no codes, which --mode head predicts"),
