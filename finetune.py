@@ -1624,7 +1624,7 @@ def smolvlm2(cfg, stage2: str) -> tuple[Trunk, object]:
     else:
         vlm = pretrained("SmolVLM2", SmolVLMModel, cfg.trunk)
         tokenizer = pretrained("tokenizer", AutoTokenizer, cfg.trunk)
-    keep_layers(vlm, cfg.text_layers or 16)
+    keep_layers(vlm, 16 if cfg.text_layers is None else cfg.text_layers)
     return Trunk(vlm, *chat_ids(cfg, tokenizer, SMOLVLM2_CHAT)), tokenizer
 
 
@@ -1756,6 +1756,11 @@ TRUNKS = {"tiny": tiny, "dual-7b": dual_7b}         # a new one is a function; o
 def load_trunk(cfg, stage2: str = "") -> tuple[Trunk, object]:
     """--trunk and its tokenizer: tiny and --random-init are random; else weights that are absent
     are an error. With a folder of vla.py it is the one that was trained."""
+    if cfg.trunk == "tiny" and not stage2 and (cfg.plain_prompt or cfg.text_layers is not None):
+        fail("--trunk tiny has no chat and always two layers; leave --plain-prompt and "
+             "--text-layers out")
+    if cfg.text_layers is not None and cfg.text_layers < 1:
+        fail(f"--text-layers {cfg.text_layers} must be at least 1")
     return TRUNKS.get(cfg.trunk, smolvlm2)(cfg, stage2)
 
 
@@ -2073,14 +2078,12 @@ def find_run(cfg):
     run would overwrite one."""
     if cfg.resume == "auto":
         cfg.resume = choose_checkpoint(cfg)
-    elif cfg.resume and Path(cfg.resume).is_file():
+    elif cfg.resume:
         check_whole(cfg.resume, "--resume")
     if cfg.export_only and not cfg.resume:
         fail("--export-only needs --resume CHECKPOINT")
     if cfg.resume:
         home = Path(cfg.resume).parent
-        if not Path(cfg.resume).is_file():
-            fail(f"no checkpoint at --resume '{cfg.resume}'")
         if cfg.out != type(cfg).out and Path(cfg.out).resolve() != home.resolve():
             fail(f"--resume '{cfg.resume}' goes on in its own folder, but --out is '{cfg.out}'; "
                  f"leave --out away, or copy the checkpoint there")
@@ -2475,6 +2478,8 @@ def choose_checkpoint(cfg) -> str:
 
 
 def check_whole(path: str, option: str):
+    if not Path(path).is_file():
+        fail(f"no checkpoint at {option} '{path}'")
     if not is_whole(path):
         fail(f"{option} '{path}' is damaged or is not a checkpoint of this script; give "
              f"OUT/last.pt, or --resume auto, which takes the newest that is whole")

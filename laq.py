@@ -1535,14 +1535,12 @@ def find_run(cfg):
     run would overwrite one."""
     if cfg.resume == "auto":
         cfg.resume = choose_checkpoint(cfg)
-    elif cfg.resume and Path(cfg.resume).is_file():
+    elif cfg.resume:
         check_whole(cfg.resume, "--resume")
     if cfg.export_only and not cfg.resume:
         fail("--export-only needs --resume CHECKPOINT")
     if cfg.resume:
         home = Path(cfg.resume).parent
-        if not Path(cfg.resume).is_file():
-            fail(f"no checkpoint at --resume '{cfg.resume}'")
         if cfg.out != type(cfg).out and Path(cfg.out).resolve() != home.resolve():
             fail(f"--resume '{cfg.resume}' goes on in its own folder, but --out is '{cfg.out}'; "
                  f"leave --out away, or copy the checkpoint there")
@@ -1937,6 +1935,8 @@ def choose_checkpoint(cfg) -> str:
 
 
 def check_whole(path: str, option: str):
+    if not Path(path).is_file():
+        fail(f"no checkpoint at {option} '{path}'")
     if not is_whole(path):
         fail(f"{option} '{path}' is damaged or is not a checkpoint of this script; give "
              f"OUT/last.pt, or --resume auto, which takes the newest that is whole")

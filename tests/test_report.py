@@ -228,6 +228,8 @@ def test_a_batch_by_heart_is_analyzed(data, stages, tmp_path, monkeypatch):
     seen = metrics(tmp_path, "val_samples", "val_accuracy", "val_accuracy_trend")
     assert seen["val_samples"] == {0: 8, 2: 8} and list(seen["val_accuracy_trend"]) == [2]
 
+    with pytest.raises(SystemExit, match="no checkpoint at --analyze '/nowhere.pt'"):
+        vla.stored_config("/nowhere.pt")
     cfg = vla.stored_config(str(tmp_path / "last.pt"))
     cfg.analyze, cfg.overfit = str(tmp_path / "last.pt"), False
     assert vla.analyze(cfg) == 0
