@@ -1291,13 +1291,17 @@ def check(cfg: Config):
 
 
 def evaluation_loaders(cfg, load) -> dict:
-    """Held-out episodes, and training episodes to fit probes on: many, and, of a dataset that is
-    not too large to look for them, two of each instruction."""
+    """Held-out episodes, and training episodes to fit probes on: many, and, of a mix that is not
+    too large to look for them, two of each instruction, or --episodes-per-task."""
     loaders = {"val": load(cfg, "val", 64, seed=1, shuffle_mb=8),
                "many": load(cfg, "train", 64, seed=2, shuffle_mb=8)}
-    if sum(plan.used for plan in loaders["many"].plans) <= 5000:
+    episodes = sum(plan.used for plan in loaders["many"].plans)
+    if episodes <= 5000:
         few = replace(cfg, pairs_per_episode=0, episodes_per_task=cfg.episodes_per_task or 2)
         loaders["few"] = load(few, "train", 64, seed=2, shuffle_mb=8)
+    else:
+        warn(f"no probe from few labels: of {episodes} training episodes, more than 5000, it would "
+             f"take long to find those of each instruction")
     return loaders
 
 
@@ -1510,6 +1514,11 @@ def load_features(name: str, device):
 def fail(message: str):
     """A user's error: one line, exit code 1, no traceback."""
     raise SystemExit(f"{Path(sys.argv[0]).stem}: {message}")
+
+
+def warn(message: str):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def check_run(cfg, world: int):

@@ -2,6 +2,7 @@
 CPU, offline."""
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +93,16 @@ def test_a_dataset_without_a_baseline_or_samples_is_left_out():
     expected = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(3)
     assert shares["mix_entropy"] == pytest.approx(expected)
     assert vla.mean_of_datasets({"a": {"x": 1.0}, "c": {"x": 3.0, "y": 5.0}}) == {"x": 2, "y": 5}
+
+
+def test_a_mix_too_large_for_the_probe_of_few_labels_is_told(capsys):
+    for episodes, probes in {5000: ["val", "many", "few"], 5001: ["val", "many"]}.items():
+        plan = SimpleNamespace(used=episodes)
+        for stage in (vla, laq):
+            loaders = stage.evaluation_loaders(
+                stage.Config(), lambda *args, **options: SimpleNamespace(plans=[plan]))
+            assert [*loaders] == probes
+            assert ("no probe from few labels" in capsys.readouterr().err) == (episodes > 5000)
 
 
 def test_the_bootstrap_draws_episodes_and_always_the_same():
