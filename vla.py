@@ -1110,19 +1110,23 @@ def freeze(trunk: Trunk, cfg: Config):
 
 
 def with_lora(text_model: nn.Module, cfg: Config) -> nn.Module:
-    """Low-rank changes of frozen matrices (2106.09685), in all layers."""
+    """Low-rank changes of frozen matrices (2106.09685), in all layers after --freeze-layers."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         fail("--lora-rank needs peft: pip install peft")
-    linear = {name.rpartition(".")[2] for name, module in text_model.named_modules()
-              if isinstance(module, nn.Linear)}
+    first = cfg.freeze_layers
+    linear = {f"layers.{i}.{name}": name.rpartition(".")[2]
+              for i, layer in enumerate(text_model.layers[first:], first)
+              for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     for name in cfg.lora_modules:
-        if name not in linear:
-            fail(f"--lora-modules {name}: the language model of '{cfg.trunk}' has no such matrix, "
-                 f"only {', '.join(sorted(linear))}")
+        if name not in linear.values():
+            fail(f"--lora-modules {name}: the language model of '{cfg.trunk}' has no such matrix "
+                 f"after --freeze-layers {first}, only "
+                 f"{', '.join(sorted(set(linear.values()))) or 'none'}")
+    paths = [path for path, name in linear.items() if name in cfg.lora_modules]
     return get_peft_model(text_model, LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank,
-                                                 target_modules=[*cfg.lora_modules]))
+                                                 target_modules=paths))
 
 
 def batches_of(cfg: Config, loader, device):

@@ -346,7 +346,14 @@ def test_lora_learns_and_is_merged(tmp_path):
     mine = model.read(batch)
     torch.testing.assert_close(trunk(batch["images"], batch["ids"], batch["mask"]), mine)
     assert not torch.allclose(mine, untrained, atol=0.01)
-    cfg.lora_modules = ("q_proj", "c_attn")
+    cfg.freeze_layers, trunk = 1, small_trunk()             # and those first ones do not learn
+    vla.freeze(trunk, cfg)
+    learning = {name for name, p in trunk.named_parameters() if p.requires_grad}
+    assert len(learning) == 1 + 4 * 2 and not [x for x in learning if "layers.0." in x]
+    cfg.freeze_layers = 2
+    with pytest.raises(SystemExit, match="q_proj: .* after --freeze-layers 2, only none"):
+        vla.freeze(small_trunk(), cfg)
+    cfg.freeze_layers, cfg.lora_modules = 0, ("q_proj", "c_attn")
     with pytest.raises(SystemExit, match="--lora-modules c_attn: .* only down_proj, gate"):
         vla.freeze(small_trunk(), cfg)
 
