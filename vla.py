@@ -462,7 +462,8 @@ class Trunk(nn.Module):
     images uint8 (B, H, W, 3), ids int64 (B, L), mask int64 (B, L) -> (B, W). The language model
     reads `before`, the image, `between`, the instruction, `after`, and then an extra token,
     <ACTION>, which sees all others and is the readout. The three are token ids of the chat that the
-    model was trained on. Without a chat padding takes positions: so `tiny` was measured.
+    model was trained on. Positions skip padding, as in training; but without skip_padding it takes
+    some: so `tiny` was measured.
     Of N cameras, images (B, N, H, W, 3), it reads one picture after the other, as SmolVLA does
     (2506.01844); but one of a further camera that is all black, as missing ones are, goes unseen.
 
@@ -473,9 +474,9 @@ class Trunk(nn.Module):
 
     entries = ()
 
-    def __init__(self, vlm, before=(), between=(), after=()):
+    def __init__(self, vlm, before=(), between=(), after=(), skip_padding: bool = True):
         super().__init__()
-        self.vlm = vlm
+        self.vlm, self.skip_padding = vlm, skip_padding
         self.width = vlm.config.text_config.hidden_size
         self.image_size = vlm.config.vision_config.image_size
         for name, ids in {"before": before, "between": between, "after": after}.items():
@@ -521,7 +522,7 @@ class Trunk(nn.Module):
         if more is not None:
             tokens = torch.cat([tokens, more.to(tokens.dtype)], 1)                  # (B, T, W)
             seen = F.pad(seen, (0, more.shape[1]), value=1)
-        positions = seen.cumsum(1) - 1 if len(self.before) else None
+        positions = seen.cumsum(1) - 1 if self.skip_padding else None
         T = tokens.shape[1]
         causal = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
         seen = causal & seen.bool()[:, None, None]          # (B, 1, T, T), taken as it is; of a
@@ -1621,10 +1622,12 @@ def tiny_config() -> SmolVLMConfig:
 
 def tiny(cfg, stage2: str) -> tuple[Trunk, object]:
     """Random, and so without a chat that it knows."""
-    if not stage2:
-        return Trunk(SmolVLMModel(tiny_config())), ByT5Tokenizer()
-    vlm = pretrained("SmolVLM2", SmolVLMModel, f"{stage2}/trunk")
-    return Trunk(vlm), pretrained("tokenizer", AutoTokenizer, f"{stage2}/tokenizer")
+    if stage2:
+        vlm = pretrained("SmolVLM2", SmolVLMModel, f"{stage2}/trunk")
+        tokenizer = pretrained("tokenizer", AutoTokenizer, f"{stage2}/tokenizer")
+    else:
+        vlm, tokenizer = SmolVLMModel(tiny_config()), ByT5Tokenizer()
+    return Trunk(vlm, skip_padding=False), tokenizer
 
 
 # What --random-init builds without a network, from the configs of these names. Of vision and text:

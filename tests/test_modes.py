@@ -26,7 +26,7 @@ def small_trunk():
     """Tiny's, of pictures of 16 pixels."""
     config = vla.tiny_config()
     config.vision_config.image_size = 16
-    return vla.Trunk(vla.SmolVLMModel(config))
+    return vla.Trunk(vla.SmolVLMModel(config), skip_padding=False)
 
 
 def mode_of(name, trunk=None, K=8, **settings):
@@ -268,6 +268,20 @@ def test_a_pretrained_trunk_reads_its_own_chat():
         plain = copy.copy(trunk)
         plain.before = plain.between = plain.after = plain.before[:0]
         assert not torch.allclose(plain(images, ids, mask), mine, atol=0.1)
+
+
+def test_positions_skip_padding():
+    """With and without a chat; but not those of `tiny`, whose figures are of runs where padding
+    took positions."""
+    for name, plain, skips in ((SMALL, 0, True), (SMALL, 1, True), ("tiny", 0, False)):
+        trunk, _ = toy(name, plain_prompt=bool(plain))
+        side = trunk.image_size
+        images = torch.randint(0, 255, (2, side, side, 3), dtype=torch.uint8)
+        ids, mask = torch.randint(3, 200, (2, 5)), torch.ones(2, 5, dtype=torch.int64)
+        with torch.no_grad():
+            short = trunk(images, ids, mask)
+            padded = trunk(images, *(torch.nn.functional.pad(x, (0, 9)) for x in (ids, mask)))
+        assert torch.allclose(short, padded, atol=1e-4) == skips
 
 
 @pytest.mark.parametrize("name", [SMALL, "dual-7b"])
