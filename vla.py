@@ -302,12 +302,12 @@ class Multitask(Flow):
                                     steps=1)
 
     def loss(self, batch: dict, readout) -> dict:
-        """Each part is the mean over the samples of this forward pass that have it."""
+        """Each part is the mean over the samples of the whole step that have it, so that it does
+        not depend on how micro-batches and processes divide them."""
         chunk, counts = self.actions(batch)
-        labelled = batch["has_action"].float()                          # (B,)
-        counts = counts * labelled[:, None]
+        counts = counts * batch["has_action"][:, None]
         action = self.action_head.loss(chunk, readout, counts)          # mean over all B
-        share = labelled.mean().clamp(min=1 / len(labelled))
+        share = batch["labelled_share"].mean().clamp(min=1e-9)          # of the step
         parts = {"actions": self.action_weight * action / share}
         return super().loss(batch, readout) | parts
 
@@ -656,6 +656,9 @@ def to_inputs(batch: dict, cfg: Config, labeller, trunk: Trunk, tokens, device,
         inputs |= {k: batch[k] for k in ("actions", "action_mask", "has_action", "dataset")}
     if cfg.mode == "actions":
         return inputs
+    if cfg.mode == "multitask":                             # all ranks come here with their batches
+        share = mean_of_ranks(batch["has_action"].float().mean())
+        inputs["labelled_share"] = share.expand(len(frames))
     if cfg.null == "frame":
         frames = frames[:, :1].expand_as(frames)
     codes, latents = label_pairs(labeller, frames)

@@ -52,7 +52,8 @@ def pairs_of(model, n=32, K=8):
     return batch | {"images": torch.randint(0, 255, (n, side, side, 3), dtype=torch.uint8),
                     "ids": torch.randint(3, 200, (n, 16)),
                     "codes": codes, "latents": codebook[torch.arange(2), codes],
-                    "actions": torch.randn(n, 8, 4), "has_action": torch.arange(n) % 2 == 0}
+                    "actions": torch.randn(n, 8, 4), "has_action": torch.arange(n) % 2 == 0,
+                    "labelled_share": torch.full((n,), 0.5)}
 
 
 # ------------------------------------------------------------ modes
@@ -122,6 +123,33 @@ def test_actions_count_where_there_are_any():
         assert parts["actions"] == parts_of(actions=changed)["actions"] > 1.0
         assert none["actions"] == 0 and none["flow"] == parts["flow"]
         assert parts_of(actions=batch["actions"] + 9)["actions"] > 10 * parts["actions"]
+
+
+def test_micro_batches_of_one_sample_give_the_gradient_of_the_whole(monkeypatch):
+    """multitask: also where three of four samples have no actions."""
+    def errors(head, x, cond):                              # without noise
+        x, cond = (a.repeat(head.draws, 1) for a in (x, cond))
+        return (head(x, x[:, 0], cond) - x).square()
+    monkeypatch.setattr(vla.FlowHead, "errors", errors)
+    model, n = mode_of("multitask"), 4
+    batch = pairs_of(model, n)
+    for parameter in model.parameters():                    # as built some of a head are zero
+        parameter.data += 0.02 * torch.randn(parameter.shape)
+    loaded = batch | {"frames": torch.randint(0, 255, (n, 2, 64, 64, 3), dtype=torch.uint8),
+                      "instruction": ["go"] * n, "has_action": torch.arange(n) == 1}
+
+    def labeller(frames):
+        return batch["codes"], batch["latents"]
+    inputs = vla.to_inputs(loaded, vla.Config(mode="multitask"), labeller, model.trunk,
+                           vla.Tokens(vla.ByT5Tokenizer(), 16), "cpu")
+
+    def gradient(size):
+        model.zero_grad()
+        for piece, share, _ in vla.pieces(inputs, size):
+            (share * sum(model(piece).values())).backward()
+        return [p.grad.clone() for p in model.parameters()]
+    whole = gradient(n)
+    torch.testing.assert_close(gradient(1), whole, rtol=1e-3, atol=1e-5)
 
 
 def test_a_chunk_of_latents_is_of_consecutive_pairs():
