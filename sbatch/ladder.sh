@@ -9,7 +9,8 @@
 #   bash sbatch/ladder.sh --smoke                          # tiny, on a CPU: Meta-World, 3 cameras;
 #                                                          # with --slurm after it, there
 #
-# A run that has begun is continued, a finished one skipped. Writes OUT/table.md, OUT/ladder.png.
+# A run that has begun is continued, a finished one skipped. One that fails, as at a rate that is
+# too high, does not keep the others from running. Writes OUT/table.md, OUT/ladder.png.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -49,6 +50,7 @@ if [ "$how" = --slurm ]; then
   SETTINGS=$settings SEEDS=0 exec bash sbatch/sweep.sh vla "$OUT" "${slurm[@]:1}" -- \
     "${options[@]}"
 fi
+failed=()
 if [ "$how" != --table ]; then
   IFS=';' read -ra settings <<<"$settings"
   for i in "${!settings[@]}"; do                            # as sweep.sh names them
@@ -59,7 +61,11 @@ if [ "$how" != --table ]; then
     [ -e "$run/stage2/manifest.json" ] && continue
     echo "$(date +%T) $line"
     $RUN vla.py --resume auto $line "${options[@]}" >"$run.log" 2>&1 9<&- \
-      || { echo "failed, see $run.log" >&2; exit 1; }
+      || { echo "failed, see $run.log" >&2; failed+=("$run"); }
   done 9<"$OUT/runs.txt"
 fi
 python sbatch/ladder.py "$OUT"
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}; their rows are of their last validations" >&2
+  exit 1
+fi

@@ -1,6 +1,7 @@
 """vla.py's report: what an evaluation measures, its verdict, its analysis, and laq.py's decoder, on
 CPU, offline."""
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from common import ROOT, TINY, OnlyMeta, metrics
+from common import ENV, ROOT, TINY, OnlyMeta, metrics
 from test_laq import loader_of, model_of
 
 import laq
@@ -255,6 +256,23 @@ def test_a_batch_by_heart_is_analyzed(data, stages, tmp_path, monkeypatch):
     assert report.count("data:image/png") == 5 and "http" not in report
     assert "worse than the majority code on" in report, "the verdict"
     assert json.loads((folder / "metrics.json").read_text())["step"] == 2
+
+
+def test_a_rung_that_fails_does_not_end_the_ladder(tmp_path):
+    """The others run, the table is written, and the exit code is 1."""
+    (tmp_path / "fake.py").write_text(
+        "import json, pathlib, sys\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "out.mkdir()\n"
+        "row = {'step': 5, 'loss': 1.0, 'val_loss': 1.0, 'val_target_r2': 0.5,\n"
+        "       'val_target_r2_low': 0.4, 'val_target_r2_high': 0.6}\n"
+        "(out / 'metrics.jsonl').write_text(json.dumps(row))\n"
+        "sys.exit('1e-3' in sys.argv)\n")
+    p = subprocess.run(["bash", "sbatch/ladder.sh"], cwd=ROOT, capture_output=True, text=True,
+                       env={**ENV, "OUT": f"{tmp_path}/out", "RUN": f"python {tmp_path}/fake.py"})
+    assert p.returncode == 1 and f"failed: {tmp_path}/out/4_seed0; their rows" in p.stderr
+    table = (tmp_path / "out/table.md").read_text()
+    assert all(f"| mix, rate {rate} |" in table for rate in ("1e-3", "3e-4", "1e-4", "3e-5"))
 
 
 def test_the_ladder_tells_its_runs_apart(tmp_path, monkeypatch, capsys):
