@@ -39,6 +39,7 @@ def runs(args_of, data):
     decoded = ["--data", data, "--laq-ckpt", "pooled", "--batch-size", 8, "--steps", 1]
     lines = [args_of("laq", "ddp"), args_of("laq", "fsdp", *fsdp),
              args_of("vla", "fsdp", *fsdp), args_of("vla", "fsdp", *fsdp, *resume),
+             args_of("vla", "ddp"),
              args_of("vla", "half", *fsdp, "--dtype", "bfloat16"),
              args_of("finetune", "fsdp", *fsdp), args_of("finetune", "decoded", *fsdp, *decoded)]
     run("tests/parallel.py", *(shlex.join(map(str, line)) for line in lines), processes=2)
@@ -53,7 +54,7 @@ def assert_equal_curves(one, other, first=0, **tolerance):
                                    **tolerance)
 
 
-@pytest.mark.parametrize("stage, ways", [("laq", ("ddp", "fsdp")), ("vla", ("fsdp",)),
+@pytest.mark.parametrize("stage, ways", [("laq", ("ddp", "fsdp")), ("vla", ("ddp", "fsdp")),
                                          ("finetune", ("fsdp",))])
 def test_two_processes_learn_what_one_does(stage, ways, runs, args_of):
     run_here(*args_of(stage, "one"))
