@@ -1248,7 +1248,7 @@ def with_lora(text_model: nn.Module, cfg: Config) -> nn.Module:
     for name in cfg.lora_modules:
         if name not in linear.values():
             fail(f"--lora-modules {name}: the language model of '{cfg.trunk}' has no such matrix "
-                 f"after --freeze-layers {first}, only "
+                 f"after its first {first} layers (--freeze-layers), only "
                  f"{', '.join(sorted(set(linear.values()))) or 'none'}")
     paths = [path for path, name in linear.items() if name in cfg.lora_modules]
     return get_peft_model(text_model, LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank,

@@ -934,7 +934,7 @@ def verdict(m: dict) -> tuple[bool, str]:
     if not judged:
         return True, f"no verdict: no dataset has {FEWEST} held-out samples (--eval-batches)"
     every = sum(name.endswith("/mix") for name in m) or 1               # also those with none
-    rest = f"; {every - len(judged)} have fewer than {FEWEST} samples (--eval-batches)"
+    rest = f"; {every - len(judged)} have too few samples to be judged (--eval-batches)"
     if every == len(judged):
         rest = ""
     if not bad:
@@ -1126,7 +1126,7 @@ def with_lora(text_model: nn.Module, cfg: Config) -> nn.Module:
     for name in cfg.lora_modules:
         if name not in linear.values():
             fail(f"--lora-modules {name}: the language model of '{cfg.trunk}' has no such matrix "
-                 f"after --freeze-layers {first}, only "
+                 f"after its first {first} layers (--freeze-layers), only "
                  f"{', '.join(sorted(set(linear.values()))) or 'none'}")
     paths = [path for path, name in linear.items() if name in cfg.lora_modules]
     return get_peft_model(text_model, LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank,
@@ -1351,10 +1351,14 @@ def resampled(val: dict, baseline: dict, draws: int = 1000) -> dict:
 
 def validations_of(folder) -> dict[int, dict]:
     """Those that stand in a run's metrics.jsonl, by their steps."""
-    path = Path(folder) / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {line["step"]: {name.removeprefix("val_"): x for name, x in line.items()}
-            for line in lines if "val_loss" in line}
+    path, found = Path(folder) / "metrics.jsonl", {}
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):                 # the last of a killed run
+            line = json.loads(text)
+            if "val_loss" in line:
+                its = {name.removeprefix("val_"): value for name, value in line.items()}
+                found[line["step"]] = its
+    return found
 
 
 def mean_of_datasets(each: dict) -> dict:

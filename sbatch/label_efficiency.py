@@ -3,7 +3,8 @@
 Reads OUT/TASKSET+LEVEL/ARM+SEED/demosD_stepsN_seedF/rollout/results.json; D is 0 where all episodes
 are labelled. Fine-tuning seeds of one pretraining seed are averaged; intervals are the 95% of
 rollout.py's bootstrap, over pretraining seeds and over environment seeds, which all arms share, and
-never narrower than Wilson's. A difference to `learned` is of the pretraining seeds that both have.
+never narrower than Wilson's. A difference to `learned` is of the pretraining seeds that both have;
+of one seed its interval is of the environment seeds alone.
 TFLOP are of forward and backward of what learns, in all stages that led to a policy; labelling and
 decoding, forward passes of frozen networks, are not counted.
 """
@@ -25,8 +26,9 @@ matplotlib.use("Agg")
 NAME = re.compile(r"(?P<setting>[a-z]+\d+)/(?P<arm>[a-z]+)(?P<seed>\d+)/"
                   r"demos(?P<demos>\d+)_steps(?P<steps>\d+)_seed(?P<again>\d+)/rollout")
 BASE = "learned"
-COLUMNS = "setting demos steps arm success low high difference its_low its_high seeds runs " \
+COLUMNS = "setting demos steps arm success low high difference its_low its_high both seeds runs " \
           "episodes tflop".split()
+SEED = 1                                    # --seed of label_efficiency.sh's evaluations
 
 
 def read(out: Path) -> tuple[dict, dict]:
@@ -39,6 +41,9 @@ def read(out: Path) -> tuple[dict, dict]:
             key = found["setting"], int(found["demos"]), int(found["steps"])
             seeds = cells.setdefault(key, {}).setdefault(found["arm"], {})
             evaluation = rollout.read_evaluation(path.parent)
+            if (seed := evaluation["config"].get("seed")) != SEED:
+                raise SystemExit(f"label_efficiency: '{path}' is of --seed {seed}, not {SEED}: of "
+                                 f"an earlier version; give another OUT")
             seeds.setdefault(int(found["seed"]), []).append(evaluation)
             tflop = total_tflop(path.parents[1])
             compute[*key, found["arm"]] = max(tflop, compute.get((*key, found["arm"]), 0.0))
@@ -64,36 +69,39 @@ def total_tflop(run: Path) -> float:
 def row_of(key: tuple, arms: dict, arm: str, tflop: float) -> dict:
     """One line of the table: an arm's success and its difference to BASE, of a cell's evaluations
     by arm and pretraining seed."""
-    runs = [run for its in arms[arm].values() for run in its]
-    rollout.check_comparable({name: sum(its.values(), []) for name, its in arms.items()})
-    rate, drawn = resample({arm: arms[arm]})[arm]
-    episodes = len(runs[0]["episodes"])
+    rate, drawn, episodes = resample({arm: arms[arm]})[arm]
     low, high = rollout.wilson(rate * episodes, episodes)
-    widest = np.quantile(drawn, [0.025, 0.975]).clip(0, 1)
+    widest = np.nanquantile(drawn, [0.025, 0.975]).clip(0, 1)
     values = [*key, arm, rate, min(low, widest[0]), max(high, widest[1]), *[None] * 3]
-    both = arms[arm].keys() & arms.get(BASE, {}).keys()
-    if arm != BASE and both:
+    both = arms[arm].keys() & arms.get(BASE, {}).keys() if arm != BASE else ()
+    if both:
         pair = resample({name: {seed: arms[name][seed] for seed in both} for name in (arm, BASE)})
-        (mine, its_drawn), (base, base_drawn) = pair[arm], pair[BASE]
-        values[-3:] = mine - base, *np.quantile(its_drawn - base_drawn, [0.025, 0.975])
-    values += [len(arms[arm]), len(runs), episodes, tflop]
+        (mine, its_drawn, _), (base, base_drawn, _) = pair[arm], pair[BASE]
+        values[-3:] = mine - base, *np.nanquantile(its_drawn - base_drawn, [0.025, 0.975])
+    runs = sum(map(len, arms[arm].values()))
+    values += [len(both), len(arms[arm]), runs, episodes, tflop]
     return dict(zip(COLUMNS, values, strict=True))
 
 
 def resample(arms: dict) -> dict[str, tuple]:
-    """{arm: {seed: [evaluations]}} -> {arm: (rate, rates of the bootstrap's draws)}"""
+    """{arm: {seed: [evaluations]}} -> {arm: (rate, rates of the bootstrap's draws, episodes of a
+    seed that ended)}"""
     success = {}
     for name, seeds in arms.items():
-        each = [np.mean([rollout.outcomes(run) for run in its], 0) for its in seeds.values()]
+        each = [np.nanmean([rollout.outcomes(run) for run in its], 0) for its in seeds.values()]
         success[name] = np.stack(each)                              # (seeds, tasks, episodes)
     drawn = rollout.bootstrap(success)
-    return {name: (rollout.rates(x)[-1], drawn[name][:, -1]) for name, x in success.items()}
+    return {name: (rollout.rates(x)[-1], drawn[name][:, -1], np.isfinite(x).sum() // len(x))
+            for name, x in success.items()}
 
 
 def main(out: Path):
     cells, compute = read(out)
     if not cells:
         raise SystemExit(f"label_efficiency: no results in '{out}'")
+    for arms in cells.values():
+        runs = {arm: [run for its in seeds.values() for run in its] for arm, seeds in arms.items()}
+        rollout.check_comparable(runs)
     order = [BASE, *sorted({arm for arms in cells.values() for arm in arms} - {BASE})]
     rows = [row_of(key, cells[key], arm, compute[*key, arm])
             for key in sorted(cells) for arm in order if arm in cells[key]]
@@ -114,6 +122,8 @@ def describe(row: dict) -> str:
     less = ""
     if row["difference"] is not None:
         less = "{difference:+.2f} [{its_low:+.2f}, {its_high:+.2f}]".format(**row)
+        if row["both"] < row["seeds"]:
+            less += f" of {row['both']}"
     demos = row["demos"] or "all"
     return (f"| {row['setting']} | {demos} | {row['steps']} | {row['arm']} "
             f"| {row['success']:.2f} [{row['low']:.2f}, {row['high']:.2f}] | {less} "

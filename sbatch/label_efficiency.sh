@@ -62,6 +62,9 @@ unit() { # unit PERCENT TASKSET ARM SEED: all of one arm and one pretraining see
   case $arm in
     labelled) quantizer=laq_labelled$seed options="--action-fraction 0.03" ;;
     random) quantizer=laq_random$seed LAQ=0 ;;
+    learned | codes | pooled | permuted | frame | oracle | none | blind) ;;
+    *) echo "no arm '$arm'; there are: learned codes labelled random pooled permuted frame oracle" \
+            "none blind" >&2; return 1 ;;
   esac
   case $arm in
     none | oracle) ;;

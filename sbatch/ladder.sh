@@ -12,6 +12,7 @@
 # A run that has begun is continued, a finished one skipped. One that fails, as at a rate that is
 # too high, does not keep the others from running. Writes OUT/table.md, OUT/ladder.png.
 set -euo pipefail
+trap 'exit 130' INT
 cd "$(dirname "$0")/.."
 
 smoke=
@@ -61,11 +62,12 @@ if [ "$how" != --table ]; then
     [ -e "$run/stage2/manifest.json" ] && continue
     echo "$(date +%T) $line"
     $RUN vla.py --resume auto $line "${options[@]}" >"$run.log" 2>&1 9<&- \
-      || { echo "failed, see $run.log" >&2; failed+=("$run"); }
+      || { code=$?; echo "failed, see $run.log" >&2; failed+=("$run"); }
+    [ "${code:-0}" -lt 128 ] || exit "$code"                # Ctrl-C, a signal
   done 9<"$OUT/runs.txt"
 fi
 python sbatch/ladder.py "$OUT"
 if [ ${#failed[@]} -gt 0 ]; then
-  echo "failed: ${failed[*]}; their rows are of their last validations" >&2
+  echo "failed: ${failed[*]}; the table has their last validations, if any" >&2
   exit 1
 fi

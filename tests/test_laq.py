@@ -199,8 +199,8 @@ def test_a_mix_is_measured_dataset_by_dataset(monkeypatch):
     assert m["psnr"] == pytest.approx(20) and m["psnr_shuffled"] == pytest.approx(10)
     assert "probe R2" in laq.describe(m, cfg)
     assert m["few_label_r2"] > 0.9 > m["few_label_r2_random_quantizer"]
-    assert m["big/codes_from_frame"] > 0.55 and m["big/codes_majority"] < 0.4
-    assert "pass  codes told by frame t alone" in laq.report_card(m)
+    assert m["big/codes_foreseen"] > 0.55 and m["big/codes_majority"] < 0.4
+    assert "pass  codes that frame t and the instruction tell" in laq.report_card(m, cfg)
     few = {k: v for k, v in m.items() if "probe" not in k}
     assert "too few samples" in laq.describe(few, cfg)
 
