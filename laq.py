@@ -942,8 +942,10 @@ def foresight(fit: dict, val: dict, cfg: Config) -> dict:
     known = np.unique(fit["instruction"].astype(str))                   # (I,)
 
     def inputs(rows):
-        text = rows["instruction"].astype(str)[:, None] == known        # (N, I)
-        return [torch.from_numpy(rows["picture"]), torch.from_numpy(text).double()]
+        text = rows["instruction"].astype(str)
+        which_one = text[:, None] == known                              # (N, I)
+        picture = torch.from_numpy(rows["picture"])                     # (N, 192)
+        return [picture, torch.from_numpy(which_one).double()]
     which = F.one_hot(codes, cfg.codes).double()                        # (N, S, K)
     probe = KernelRidge(inputs(fit), which.flatten(1), fit["episode"])
     told = probe(inputs(val)).unflatten(1, which.shape[1:])

@@ -270,7 +270,7 @@ def test_a_rung_that_fails_does_not_end_the_ladder(tmp_path):
         "sys.exit('1e-3' in sys.argv)\n")
     p = subprocess.run(["bash", "sbatch/ladder.sh"], cwd=ROOT, capture_output=True, text=True,
                        env={**ENV, "OUT": f"{tmp_path}/out", "RUN": f"python {tmp_path}/fake.py"})
-    assert p.returncode == 1 and f"failed: {tmp_path}/out/4_seed0; their rows" in p.stderr
+    assert p.returncode == 1 and f"failed: {tmp_path}/out/4_seed0; the table has" in p.stderr
     table = (tmp_path / "out/table.md").read_text()
     assert all(f"| mix, rate {rate} |" in table for rate in ("1e-3", "3e-4", "1e-4", "3e-5"))
 
