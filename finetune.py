@@ -2784,6 +2784,7 @@ def save_trunk(trunk: Trunk, tokenizer, folder: Path):
     trunk.vlm.config.save_pretrained(folder / "trunk")
     tokenizer.save_pretrained(folder / "trunk")
     chat = {name: getattr(trunk, name).tolist() for name in ("before", "between", "after")}
+    chat["skip_padding"] = trunk.skip_padding
     (folder / "trunk/chat.json").write_text(json.dumps(chat))
 
 
@@ -2794,7 +2795,8 @@ def empty_trunk(folder: Path) -> tuple[Trunk, object]:
                           "dual": (DualConfig, DualVLM, DualTrunk)}[kind]
     vlm = vlm(config.from_pretrained(folder / "trunk"))
     chat = json.loads((folder / "trunk/chat.json").read_text())
-    return trunk(vlm, **chat), pretrained("tokenizer", AutoTokenizer, str(folder / "trunk"))
+    chat.setdefault("skip_padding", bool(chat["before"]))               # of an older folder
+    return trunk(vlm, *chat.values()), pretrained("tokenizer", AutoTokenizer, str(folder / "trunk"))
 
 
 def statistics_of(stats: dict, config) -> dict:
