@@ -14,11 +14,11 @@ manifest.json `smolvla_shared.v1`), last.pt, metrics.jsonl, analysis/.
 
 The trunk reads a last token, <ACTION>, and what it makes of that is its readout, which stage 3 goes
 on with. --mode says what predicts latents from it:
-    latents     flow matching of the vectors (SmolVLA, arXiv 2506.01844)
+    latent_flow flow matching of the vectors (SmolVLA, arXiv 2506.01844)
     head        logits of each position's codes (LAPA, 2410.11758)
     codes       the language model itself: <ACTION> <ACT_7> <ACT_3> </ACTION>
     actions     flow matching of true action chunks, of all video: the oracle
-    multitask   latents, and actions of the datasets that have any
+    multitask   latent_flow, and actions of the datasets that have any
 `accuracy` is that of the codes nearest to the prediction, on held-out episodes. Beside it, as
 beside every metric, stands what takes no learning (always the most frequent code) and what is left
 when the picture or the instruction is another sample's.
@@ -82,21 +82,19 @@ transformers_logging.disable_progress_bar()
 matplotlib.use("Agg")
 
 
-Mode = Literal["latents", "head", "codes", "actions", "multitask"]      # see MODES
-
-
 @dataclass
 class Config(data_oxe.DataConfig):
     out: str = "runs/vla"                   # checkpoints, metrics, hand-over files
     overwrite: bool = False                 # start anew in an OUT that holds a run or its files
 
     # what is predicted
-    mode: Mode = "latents"                  # above: what is predicted, and how
+    mode: str = "latent_flow"               # above: what is predicted, and how; one of MODES
     laq_ckpt: str = "runs/laq/laq.pt2"      # laq.py's labeller; 'pooled', a control; '': none
     targets: Literal["vectors", "codes"] = "vectors"    # latents: unquantized, or of the codes
     latent_chunk: int = 1                   # consecutive pairs whose latents are predicted at once
     parallel_decode: bool = False           # --mode codes: all positions' codes in one pass
-    action_weight: float = 1.0              # --mode multitask: of the actions' loss
+    latent_weight: float = 1.0              # --mode multitask: of the latents' loss
+    action_weight: float = 1.0              # ... and of the actions'
     null: Literal["", "permuted", "frame"] = ""     # control: other pairs' latents, or still pairs'
     chunk: int = 8                          # C, actions predicted at once
 
@@ -146,13 +144,17 @@ class Config(data_oxe.DataConfig):
 class LatentPolicy(nn.Module):
     """A mode: trunk, target and a head that a subclass adds.
 
+    needs: what of a pair it learns from: "latents", "codes", "actions" (see make_target); it is
+        built with a target for each, and judged by the first
     read(batch of to_inputs) -> what the trunk makes of it: the readout (B, W), or a prompt
     loss(batch, read) -> its parts by name, which main sums
     expect(read) -> readout (B, W), the expected target (B, N)
     target(batch) -> target, weight (B, N); width: N
     code_scores(prediction) -> (B, S, K), the higher the likelier a code; None without codes
+    hand_over(vlm, tokenizer): puts what it learned beside readout and head into stage2/'s
     """
 
+    needs = ("latents",)
     entries = "predict", "judge"                                        # see shard
 
     def __init__(self, trunk: "Trunk", target: nn.Module):
@@ -194,8 +196,11 @@ class LatentPolicy(nn.Module):
     def code_scores(self, prediction):
         return self.target.scores(prediction)
 
+    def hand_over(self, vlm, tokenizer):
+        """There is nothing else."""
 
-class Flow(LatentPolicy):
+
+class LatentFlow(LatentPolicy):
     """Flow matching of the target, given the readout."""
 
     def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module):
@@ -213,8 +218,16 @@ class Flow(LatentPolicy):
         return readout, self.head.sample(readout, noise)
 
 
+class TrueActions(LatentFlow):
+    """The same of true action chunks."""
+
+    needs = ("actions",)
+
+
 class Head(LatentPolicy):
     """LAPA's: logits of each position's codes, linear in the readout (2410.11758)."""
+
+    needs = ("codes",)
 
     def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module):
         super().__init__(trunk, target)
@@ -242,6 +255,8 @@ class CodeTokens(LatentPolicy):
     The output layer is the input layer. Where the pretrained model had another one (Llama 2 has),
     words begin with wrong logits; they only compete with the codes in the softmax of the loss.
     """
+
+    needs = ("codes",)
 
     def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module):
         super().__init__(trunk, target)
@@ -291,13 +306,26 @@ class CodeTokens(LatentPolicy):
         """(..., W) -> probabilities (..., K) by the grammar."""
         return F.linear(hidden, self.tokens[:-1]).float().softmax(-1)
 
+    def hand_over(self, vlm, tokenizer):
+        """<ACTION>, <ACT_i> and </ACTION> join the tokenizer and the language model's input."""
+        first = len(tokenizer)
+        codes = [f"<ACT_{i}>" for i in range(self.target.K)]
+        tokenizer.add_tokens(["<ACTION>", *codes, "</ACTION>"], special_tokens=True)
+        words = max(len(vlm.get_input_embeddings().weight), len(tokenizer))
+        vlm.resize_token_embeddings(words, mean_resizing=False)
+        rows = torch.cat([self.trunk.readout[None], self.tokens])
+        vlm.get_input_embeddings().weight.data[first:len(tokenizer)] = rows
 
-class Multitask(Flow):
+
+class Multitask(LatentFlow):
     """Latents of all samples and, of those that have any, true action chunks, by a flow each."""
+
+    needs = "latents", "actions"
 
     def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module, actions: nn.Module):
         super().__init__(cfg, trunk, target)
-        self.actions, self.action_weight = actions, cfg.action_weight
+        self.actions = actions
+        self.latent_weight, self.action_weight = cfg.latent_weight, cfg.action_weight
         self.action_head = FlowHead(actions.width, trunk.width, cfg.head_width, cfg.head_depth,
                                     steps=1)
 
@@ -308,12 +336,12 @@ class Multitask(Flow):
         counts = counts * batch["has_action"][:, None]
         action = self.action_head.loss(chunk, readout, counts)          # mean over all B
         share = batch["labelled_share"].mean().clamp(min=1e-9)          # of the step
-        parts = {"actions": self.action_weight * action / share}
-        return super().loss(batch, readout) | parts
+        latent = super().loss(batch, readout)["flow"]
+        return {"flow": self.latent_weight * latent, "actions": self.action_weight * action / share}
 
 
 # a new one is a class that keeps to LatentPolicy
-MODES = {"latents": Flow, "head": Head, "codes": CodeTokens, "actions": Flow,
+MODES = {"latent_flow": LatentFlow, "head": Head, "codes": CodeTokens, "actions": TrueActions,
          "multitask": Multitask}
 
 
@@ -652,13 +680,12 @@ def to_inputs(batch: dict, cfg: Config, labeller, trunk: Trunk, tokens, device,
               "mask": mask}
     if not labelled:
         return inputs
-    if cfg.mode in ("actions", "multitask"):
+    if "actions" in MODES[cfg.mode].needs:                  # all ranks come here with their batches
         inputs |= {k: batch[k] for k in ("actions", "action_mask", "has_action", "dataset")}
-    if cfg.mode == "actions":
-        return inputs
-    if cfg.mode == "multitask":                             # all ranks come here with their batches
         share = mean_of_ranks(batch["has_action"].float().mean())
         inputs["labelled_share"] = share.expand(len(frames))
+    if not needs_labels(cfg):
+        return inputs
     if cfg.null == "frame":
         frames = frames[:, :1].expand_as(frames)
     codes, latents = label_pairs(labeller, frames)
@@ -1040,23 +1067,31 @@ def main(cfg: Config) -> int:
 
 
 # ------------------------------------------------------------ a reader may stop here
+def needs_labels(cfg: Config) -> bool:
+    """Whether a labeller has to look at pairs."""
+    return not {"latents", "codes"}.isdisjoint(MODES[cfg.mode].needs)
+
+
 def check(cfg: Config):
     """Fills in learning rate and warm-up: a large trunk wants a tenth of tiny's rate. Exits where
     settings do not go together."""
-    if cfg.mode != "actions" and not cfg.laq_ckpt:
+    if cfg.mode not in MODES:
+        fail(f"unknown --mode '{cfg.mode}'; there are {', '.join(MODES)}")
+    needs, labels = MODES[cfg.mode].needs, needs_labels(cfg)
+    if labels and not cfg.laq_ckpt:
         fail(f"--mode {cfg.mode} needs --laq-ckpt, the laq.pt2 of laq.py")
-    if cfg.laq_ckpt == "pooled" and cfg.mode in ("head", "codes"):
+    if cfg.laq_ckpt == "pooled" and "codes" in needs:
         fail(f"--laq-ckpt pooled has no codes, which --mode {cfg.mode} predicts; give the laq.pt2 "
              f"of laq.py")
-    if cfg.laq_ckpt == "pooled" and cfg.targets == "codes" and cfg.mode != "actions":
+    if cfg.laq_ckpt == "pooled" and cfg.targets == "codes" and labels:
         fail("--laq-ckpt pooled has no codes; give --targets vectors")
-    if cfg.latent_chunk < 1 or cfg.latent_chunk > 1 and cfg.mode == "actions":
+    if cfg.latent_chunk < 1 or cfg.latent_chunk > 1 and not labels:
         fail(f"--latent-chunk {cfg.latent_chunk} is a number of frame pairs whose latents are "
              f"predicted; --mode {cfg.mode} needs 1")
     if cfg.parallel_decode and cfg.mode != "codes":
         fail(f"--parallel-decode is a way to predict --mode codes, this is --mode {cfg.mode}")
-    if cfg.mode == "actions" and cfg.null:
-        fail(f"--null {cfg.null} is a control of latents; --mode actions has none")
+    if cfg.null and not labels:
+        fail(f"--null {cfg.null} is a control of latents; --mode {cfg.mode} has none")
     if cfg.shrink and not cfg.random_init:
         fail("--shrink makes a toy of the trunk, which can only be random; give --random-init too")
     tiny = cfg.trunk == "tiny"
@@ -1073,7 +1108,7 @@ def check(cfg: Config):
 def load_stage(cfg: Config, device) -> tuple:
     """-> labeller, trunk, tokenizer; inputs_of(batch) as to_inputs makes them; load(cfg, split,
     batch_size, ...) of a Loader of the pairs that the labeller labels."""
-    labeller = load_labeller(cfg.laq_ckpt if cfg.mode != "actions" else "pooled", device)
+    labeller = load_labeller(cfg.laq_ckpt if needs_labels(cfg) else "pooled", device)
     trunk, tokenizer = load_trunk(cfg)
     freeze(trunk, cfg)
     inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
@@ -1141,26 +1176,25 @@ def batches_of(cfg: Config, loader, device):
 
 
 def make_model(cfg: Config, trunk: Trunk, labeller, loader, device) -> LatentPolicy:
-    target = make_target(cfg, labeller, loader, device)
-    if cfg.mode != "multitask":
-        return MODES[cfg.mode](cfg, trunk, target).to(device)
-    if not any(plan.entry.action for plan in loader.plans):
-        fail(f"--mode multitask learns the actions of labelled episodes, but no dataset of --mix "
-             f"'{cfg.mix}' has any; give --mode latents")
-    actions = Actions(statistics(loader, "meanstd"), cfg.chunk)
-    return Multitask(cfg, trunk, target, actions).to(device)
+    mode = MODES[cfg.mode]
+    targets = [make_target(what, cfg, labeller, loader, device) for what in mode.needs]
+    return mode(cfg, trunk, *targets).to(device)
 
 
 @torch.no_grad()
-def make_target(cfg: Config, labeller, loader, device) -> nn.Module:
-    """What --mode and --targets name, with the units of the loader's first batches."""
-    if cfg.mode == "actions":
-        check_widths(loader)
+def make_target(what: str, cfg: Config, labeller, loader, device) -> nn.Module:
+    """Of what a mode needs, with the units of the loader's first batches."""
+    if what == "actions":
+        if not loader.action_dim:
+            fail(f"--mode {cfg.mode} learns actions, but no dataset of --mix '{cfg.mix}' has any; "
+                 f"give --mode latent_flow")
+        if not needs_labels(cfg):
+            check_widths(loader)
         return Actions(statistics(loader, "meanstd"), cfg.chunk)
     codebook = labeller.codebook                                        # (S, K, D)
     if codebook is not None:                                            # 'pooled' has none
         codebook = codebook.repeat(cfg.latent_chunk, 1, 1)              # for each pair the same
-    if cfg.mode in ("head", "codes"):
+    if what == "codes":
         return OneHot(codebook)
     if cfg.targets == "codes":
         return Codes(codebook)
@@ -1918,8 +1952,7 @@ def export(model: LatentPolicy, cfg: Config, step: int, tokenizer, labeller: dic
     vlm, tokenizer = model.trunk.vlm, copy.deepcopy(tokenizer)
     if cfg.lora_rank:
         vlm.text_model = vlm.text_model.merge_and_unload()
-    if cfg.mode == "codes":
-        teach_tokens(vlm, tokenizer, model)
+    model.hand_over(vlm, tokenizer)
     vlm.save_pretrained(folder / "trunk")
     tokenizer.save_pretrained(folder / "tokenizer")         # AutoTokenizer would go by the trunk's
     heads = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()
@@ -1933,18 +1966,6 @@ def export(model: LatentPolicy, cfg: Config, step: int, tokenizer, labeller: dic
                 "dtype": "float32", "torch": torch.__version__}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     publish(folder, Path(cfg.out) / "stage2")
-
-
-def teach_tokens(vlm, tokenizer, model: CodeTokens):
-    """<ACTION>, <ACT_i> and </ACTION> join the tokenizer and the language model's input layer."""
-    first = len(tokenizer)
-    codes = [f"<ACT_{i}>" for i in range(model.target.K)]
-    tokenizer.add_tokens(["<ACTION>", *codes, "</ACTION>"], special_tokens=True)
-    words = max(len(vlm.get_input_embeddings().weight), len(tokenizer))
-    vlm.resize_token_embeddings(words, mean_resizing=False)
-    rows = torch.cat([model.trunk.readout[None], model.tokens])
-    embeddings = vlm.get_input_embeddings().weight.data
-    embeddings[first:len(tokenizer)] = rows
 
 
 # ------------------------------------------------------------ plumbing: the same text in each stage

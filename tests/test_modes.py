@@ -14,7 +14,7 @@ import vla
 from test_laq import overfit
 from test_policy import batch_of, stats_of, word_tokenizer
 
-MODES = {"latents": {}, "latents of codes": {"targets": "codes"}, "head": {}, "codes": {},
+MODES = {"latent_flow": {}, "latent_flow of codes": {"targets": "codes"}, "head": {}, "codes": {},
          "parallel": {"mode": "codes", "parallel_decode": True}, "actions": {}, "multitask": {}}
 
 
@@ -35,8 +35,8 @@ def mode_of(name, trunk=None, K=8, **settings):
     cfg = vla.Config(**settings_of(name), head_width=128, **settings)
     trunk = trunk or small_trunk()
     codebook, actions = torch.randn(2, K, 3), vla.Actions(stats_of(), 8)
-    target = {"latents": vla.Vectors(torch.randn(64, 6), codebook),
-              "latents of codes": vla.Codes(codebook), "actions": actions,
+    target = {"latent_flow": vla.Vectors(torch.randn(64, 6), codebook),
+              "latent_flow of codes": vla.Codes(codebook), "actions": actions,
               "multitask": vla.Vectors(torch.randn(64, 6), codebook)}
     target = target.get(name, vla.OneHot(codebook))
     more = [actions] if name == "multitask" else []
@@ -111,7 +111,7 @@ def test_codes_are_text_that_keeps_to_the_grammar(tmp_path):
 
 def test_actions_count_where_there_are_any():
     """multitask: unlabelled samples change latents alone, and labelled ones count as if alone."""
-    model = mode_of("multitask", action_weight=2.0)
+    model, once = (mode_of("multitask", latent_weight=x, action_weight=2 * x) for x in (3.0, 1.0))
     batch = pairs_of(model, 8)
 
     def parts_of(**other):
@@ -123,6 +123,9 @@ def test_actions_count_where_there_are_any():
         assert parts["actions"] == parts_of(actions=changed)["actions"] > 1.0
         assert none["actions"] == 0 and none["flow"] == parts["flow"]
         assert parts_of(actions=batch["actions"] + 9)["actions"] > 10 * parts["actions"]
+        model, triple = once, parts
+        for name, part in parts_of().items():
+            torch.testing.assert_close(triple[name], 3 * part)
 
 
 def test_micro_batches_of_one_sample_give_the_gradient_of_the_whole(monkeypatch):
@@ -161,9 +164,9 @@ def test_a_chunk_of_latents_is_of_consecutive_pairs():
     for i in range(2):
         assert torch.equal(latents[:, i], labeller(frames[:, i:i + 2])[1][:, 0])
     labeller.codebook = torch.randn(2, 8, 3)
-    for mode, targets in (("head", "codes"), ("codes", "codes"), ("latents", "codes")):
+    for mode, targets in (("head", "codes"), ("codes", "codes"), ("latent_flow", "codes")):
         cfg = vla.Config(mode=mode, targets=targets, latent_chunk=2)
-        target = vla.make_target(cfg, labeller, None, None)
+        target = vla.make_target(vla.MODES[mode].needs[0], cfg, labeller, None, None)
         model = vla.MODES[mode](cfg, small_trunk(), target)
         batch = pairs_of(model, 4) | {"codes": torch.randint(0, 8, (4, 4))}
         assert sum(model(batch).values()).isfinite()
@@ -175,7 +178,7 @@ def test_a_chunk_of_latents_is_of_consecutive_pairs():
 
 def test_a_checkpoint_of_another_labeller_is_one_line():
     """Of as many codes, too."""
-    for name in ("codes", "head", "latents", "latents of codes"):
+    for name in ("codes", "head", "latent_flow", "latent_flow of codes"):
         state, model = mode_of(name).state_dict(), mode_of(name)
         model.load_state_dict(state)
         with pytest.raises(SystemExit, match=r"codebook, \(2, 8, 3\), is not .*, \(2, 16, 3\); go"):
