@@ -2,11 +2,13 @@
 import contextlib
 import copy
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from common import OnlyMeta
+from common import TINY, OnlyMeta, metrics, run_here
+from safetensors.torch import load_file
 
 import data_oxe
 import finetune
@@ -192,29 +194,40 @@ def test_a_checkpoint_of_another_labeller_is_one_line():
         mode_of("actions").load_state_dict(state)
 
 
-@pytest.mark.parametrize("name", MODES)
-def test_a_mode_resumes_exactly(name):
-    """Losses of an unbroken run and of one that goes on from weights and moments are equal."""
-    cfg = vla.Config(steps=6, lr=1e-3, warmup_steps=2)
+class Regression(vla.LatentPolicy):
+    """What a user adds: a class, and its name in MODES."""
 
-    def train(steps, state=None):
-        model, losses = mode_of(name), []
-        optimizer = vla.make_optimizer(cfg, model)
-        if state:
-            model.load_state_dict(state[0])
-            optimizer.load_state_dict(state[1])
-        for step in steps:
-            vla.start_step(cfg, step, optimizer, 0, 1)
-            optimizer.zero_grad()
-            loss = sum(model(batch).values())
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses, (model.state_dict(), optimizer.state_dict())
-    batch = pairs_of(mode_of(name), 4)
-    whole, _ = train(range(6))
-    first, state = train(range(3))
-    assert first + train(range(3, 6), state)[0] == whole and len(set(whole)) == 6
+    def __init__(self, cfg, trunk, target):
+        super().__init__(trunk, target)
+        self.head = torch.nn.Linear(trunk.width, self.width)
+
+    def loss(self, batch, readout):
+        target, _ = self.target(batch)
+        return {"regression": (self.head(readout) - target).square().mean()}
+
+    def expect(self, readout):
+        return readout, self.head(readout)
+
+
+@pytest.mark.parametrize("name", ["own", *(name for name in MODES if " " not in name)])
+def test_a_mode_resumes_exactly(name, noise, stages, tmp_path, monkeypatch):
+    """The script goes on from half-way to the losses and the weights of the unbroken run."""
+    monkeypatch.setitem(vla.MODES, "own", Regression)
+    settings = {"mode": "own"} if name == "own" else settings_of(name)
+    flags = [f"--{key.replace('_', '-')}" for key in settings if settings[key] is True]
+    values = [x for key in settings if settings[key] is not True
+              for x in (f"--{key.replace('_', '-')}", settings[key])]
+    args = ["vla.py", "--data", noise, "--laq-ckpt", stages / "laq/laq.pt2", "--steps", 4, *TINY,
+            "--val-fraction", 0.25, "--keep-every", 2, *flags, *values]
+    run_here(*args, "--out", tmp_path / "whole")
+    (tmp_path / "half").mkdir()
+    shutil.copy(tmp_path / "whole/step_00000002.pt", tmp_path / "half/last.pt")
+    run_here(*args, "--resume", tmp_path / "half/last.pt")
+    whole, half = (metrics(tmp_path / x, "loss")["loss"] for x in ("whole", "half"))
+    assert half == {step: whole[step] for step in (2, 3)} and len(set(whole.values())) == 4
+    for file in "heads.safetensors", "trunk/model.safetensors":
+        mine, its = (load_file(tmp_path / x / "stage2" / file) for x in ("whole", "half"))
+        assert mine.keys() == its.keys() and all(torch.equal(mine[x], its[x]) for x in mine)
 
 
 @pytest.mark.parametrize("name", MODES)
