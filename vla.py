@@ -405,7 +405,8 @@ class Vectors(nn.Module):
 
     def forward(self, batch: dict):
         latents = batch["latents"].flatten(1)
-        with torch.autocast(latents.device.type, enabled=False):        # as exact as the labels
+        kind = "cuda" if latents.is_cuda else "cpu"
+        with torch.autocast(kind, enabled=False):                       # as exact as the labels
             target = (latents - self.center) @ self.basis
         return target, torch.ones_like(target)
 
@@ -1013,7 +1014,7 @@ def main(cfg: Config) -> int:
 
     model = make_model(cfg, trunk, labeller, loaders["many"], device)
     flops = flops_a_sample(model, loaders["val"], inputs_of, device)
-    train = wrap(model, cfg)
+    train = wrap(model, cfg, device)
     optimizer = make_optimizer(cfg, model)
     start = load_checkpoint(cfg, model, optimizer, loader, rank, world) if cfg.resume else 0
     if cfg.export_only:
@@ -1178,7 +1179,7 @@ def batches_of(cfg: Config, loader, device):
 def make_model(cfg: Config, trunk: Trunk, labeller, loader, device) -> LatentPolicy:
     mode = MODES[cfg.mode]
     targets = [make_target(what, cfg, labeller, loader, device) for what in mode.needs]
-    return mode(cfg, trunk, *targets).to(device)
+    return mode(cfg, trunk, *targets)
 
 
 @torch.no_grad()
@@ -1217,10 +1218,10 @@ def check_widths(loader):
 
 
 def flops_a_sample(model: LatentPolicy, loader, inputs_of, device) -> int:
-    """Of forward and backward, without the labeller's."""
+    """Of forward and backward, without the labeller's; of shapes, so that nothing is computed."""
     batch = data_oxe.to_device(next(loader.peek(1)), device, loader.image_size)
-    inputs = inputs_of(batch)
-    two = {name: x[:2] for name, x in inputs.items()}
+    two = {name: x[:2].to("meta") for name, x in inputs_of(batch).items()}
+    model = hollow(model).to("meta")
     return flops_of(model, lambda: model(two)) // 2
 
 
@@ -1827,18 +1828,22 @@ TRUNKS = {"tiny": tiny, "dual-7b": dual_7b}         # a new one is a function; o
 
 def load_trunk(cfg, stage2: str = "") -> tuple[Trunk, object]:
     """--trunk and its tokenizer: tiny and --random-init are random; else weights that are absent
-    are an error. With a folder of vla.py it is the one that was trained."""
+    are an error. With a folder of vla.py it is the one that was trained. Ranks but the first
+    build shapes without values (device meta), which wrap fills: a node has memory for one of
+    them."""
     if cfg.trunk == "tiny" and not stage2 and (cfg.plain_prompt or cfg.text_layers is not None):
         fail("--trunk tiny has no chat and always two layers; leave --plain-prompt and "
              "--text-layers out")
     if cfg.text_layers is not None and cfg.text_layers < 1:
         fail(f"--text-layers {cfg.text_layers} must be at least 1")
-    return TRUNKS.get(cfg.trunk, smolvlm2)(cfg, stage2)
+    rank = int(os.environ.get("RANK", 0))
+    with torch.device("meta") if rank else contextlib.nullcontext():
+        return TRUNKS.get(cfg.trunk, smolvlm2)(cfg, stage2)
 
 
 def pretrained(what: str, kind, name: str, **options):
-    """kind.from_pretrained of transformers; exits where weights are absent or do not fit. Rank 0
-    reads them and sends them to the other processes, whose host memory they never fill."""
+    """kind.from_pretrained of transformers; exits where weights are absent or do not fit. Only rank
+    0 reads them."""
     is_model, rank = issubclass(kind, PreTrainedModel), int(os.environ.get("RANK", 0))
     if not is_model:
         options |= dict(trust_remote_code=False)                # without it, it asks
@@ -1852,25 +1857,19 @@ def pretrained(what: str, kind, name: str, **options):
             if its.split("_")[0] != family:
                 raise ValueError(f"its config says '{its}', not '{family}'")
         if is_model and rank:
-            with torch.device("meta"):
-                model = kind(kind.config_class.from_pretrained(name, **options))
-        else:
-            made = kind.from_pretrained(name, **options)
+            return kind(kind.config_class.from_pretrained(name, **options)).eval()
+        made = kind.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         fail(f"no pretrained {what} at '{name}' ({str(error).splitlines()[0]}); give a Hugging "
              f"Face name that this machine can reach, a folder with config, weights and tokenizer, "
              f"or 'tiny'")
     if not is_model:
         return made
-    if rank:
-        return same_on_all_ranks(model.to_empty(device=find_device())).eval()
     model, info = made
     missing = sorted(info["missing_keys"])
     if missing:
         fail(f"weights of '{name}' lack {len(missing)} tensors of a {what}, the first is "
              f"{missing[0]}")
-    if dist.is_initialized():
-        same_on_all_ranks(model.to(find_device()))
     return model
 
 
@@ -2088,18 +2087,18 @@ def make_optimizer(cfg, model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
-def wrap(model: nn.Module, cfg) -> nn.Module:
-    """The model as main trains it: its gradients are means over the processes."""
-    train = model
-    if dist.is_initialized() and cfg.parallel == "ddp":
-        train = DDP(model, forward_sync_buffers=False)
-    elif cfg.parallel == "fsdp":
-        same_on_all_ranks(model)
-        shard(model, cfg)
+def wrap(model: nn.Module, cfg, device: torch.device) -> nn.Module:
+    """The model on the device, as main trains it: its gradients are means over the processes."""
+    if cfg.parallel == "fsdp":
+        train = shard(model, cfg, device)
+    else:
+        train = settle(model, device)
+        if dist.is_initialized():
+            train = DDP(model, forward_sync_buffers=False)
     return torch.compile(train) if cfg.compile else train
 
 
-def shard(model: nn.Module, cfg) -> nn.Module:
+def shard(model: nn.Module, cfg, device: torch.device | None = None) -> nn.Module:
     """--parallel fsdp, in place (FSDP2; ZeRO, 1910.02054): of each parameter, its gradient and its
     moments a process holds some rows. A layer's parameters are whole while it runs, in bfloat16
     with that --dtype, and what it computes is computed again for the backward pass; the others are
@@ -2107,26 +2106,57 @@ def shard(model: nn.Module, cfg) -> nn.Module:
     micro-batch: those of whole parameters would not fit. Frozen parameters and LoRA's (peft) are as
     others. A process alone has nothing to share, but computes layers twice all the same.
 
-    model.layers() -> transformer layers; entries: names of the methods beside forward that are
-    called from outside and read parameters. model.hollow is what it was, without values.
+    With a device, layer after layer comes there whole, from rank 0, before it is divided: so a
+    device holds its share and one layer. model.layers() -> transformer layers; entries: names of
+    the methods beside forward that are called from outside and read parameters. model.hollow is
+    what it was, without values.
     """
     if cfg.parallel != "fsdp":
         return model
+    if device:
+        settle(model, device, kinds=("_buffers",))
     model.__dict__["hollow"] = hollow(model)                # no part of it, so in no state_dict
-    for layer in model.layers():
+    parts = [*model.layers(), model]
+    for layer in parts[:-1]:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
                                 preserve_rng_state=False)   # layers draw nothing
-    if not dist.is_initialized():
-        return model
     precision = MixedPrecisionPolicy()
     if cfg.dtype == "bfloat16":                             # between layers all is float32
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
-    for layer in model.layers():
-        fully_shard(layer, mp_policy=precision)
-    fully_shard(model, reshard_after_forward=True)
-    for name in model.entries:
+    for part in parts:
+        if device:
+            settle(part, device)
+        if dist.is_initialized():
+            its = MixedPrecisionPolicy() if part is model else precision
+            fully_shard(part, mp_policy=its, reshard_after_forward=True)
+    for name in model.entries if dist.is_initialized() else ():
         register_fsdp_forward_method(model, name)
     return model
+
+
+@torch.no_grad()
+def settle(model: nn.Module, device: torch.device, kinds=("_buffers", "_parameters")) -> nn.Module:
+    """Brings to the device, in place, what is not sharded, with rank 0's values: that of others
+    may be without any (device meta), as load_trunk leaves it."""
+    settled = {}
+    for table in [getattr(module, kind) for module in model.modules() for kind in kinds]:
+        for name, x in table.items():
+            if x is None or isinstance(x, DTensor):
+                continue
+            if id(x) not in settled:                        # a tied one stays tied
+                settled[id(x)] = from_rank_0(x, device)
+            table[name] = settled[id(x)]
+    return model
+
+
+def from_rank_0(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A parameter or buffer on the device, the same on all ranks."""
+    if x.device != device:
+        values = torch.empty_like(x, device=device) if x.is_meta else x.detach().to(device)
+        x = nn.Parameter(values, x.requires_grad) if isinstance(x, nn.Parameter) else values
+    if dist.is_initialized() and x.numel():
+        dist.broadcast(x.detach(), 0)
+    return x
 
 
 def hollow(model: nn.Module) -> nn.Module:
@@ -2159,15 +2189,6 @@ def divided(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if not isinstance(like, DTensor):
         return x
     return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
-
-
-@torch.no_grad()
-def same_on_all_ranks(model: nn.Module) -> nn.Module:
-    """Rank 0's parameters and buffers, in place."""
-    for x in [*model.parameters(), *model.buffers()] if dist.is_initialized() else ():
-        if x.numel():
-            dist.broadcast(x, 0)
-    return model
 
 
 def clip_gradients(model: nn.Module, most: float) -> torch.Tensor:
@@ -2700,7 +2721,7 @@ def find(cfg: Config) -> tuple[Findings, dict, int]:
     state, device = read_checkpoint(cfg.analyze, "--analyze"), find_device()
     labeller, trunk, _, inputs_of, load = load_stage(cfg, device)
     loaders = evaluation_loaders(cfg, load)
-    model = make_model(cfg, trunk, labeller, loaders["many"], device)
+    model = make_model(cfg, trunk, labeller, loaders["many"], device).to(device)
     model.load_state_dict(state["model"])
 
     print(f"reading and labelling {3 * cfg.eval_batches * 64} pairs ...")
