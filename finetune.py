@@ -927,7 +927,6 @@ def main(cfg: Config) -> int:
     check(cfg, pretraining)
     rank, world, device = setup(cfg)
     local = cfg.batch_size // world                                     # samples a process
-    micro = cfg.micro_batch or local                                    # samples a forward pass
     labeller = load_labeller(cfg.laq_ckpt, device) if cfg.laq_ckpt else None
     trunk, tokenizer = load_stage2(cfg, pretraining)
     tokens = Tokens(tokenizer, cfg.text_len)
@@ -976,7 +975,7 @@ def main(cfg: Config) -> int:
         means, kinds = {}, zip(sources, (None, decoder))                # labelled, video
         inputs = [to_inputs(batch, model, tokens, device, how) for batch, how in kinds]
         inputs = {name: torch.cat([x[name] for x in inputs]) for name in inputs[0]}
-        for piece, share, is_last in pieces(inputs, micro):
+        for piece, share, is_last in pieces(inputs, cfg.micro_batch or local):
             train.require_backward_grad_sync = is_last                  # DDP: average once a step
             with amp:
                 parts = train(piece)
@@ -2219,8 +2218,8 @@ def shard(model: nn.Module, cfg, device: torch.device | None = None) -> nn.Modul
         if device:
             settle(part, device)
         if dist.is_initialized():
-            its = MixedPrecisionPolicy() if part is model else precision
-            fully_shard(part, mp_policy=its, reshard_after_forward=True)
+            policy = precision if part is not model else MixedPrecisionPolicy()
+            fully_shard(part, mp_policy=policy, reshard_after_forward=True)
     for name in model.entries if dist.is_initialized() else ():
         register_fsdp_forward_method(model, name)
     return model
@@ -2244,8 +2243,11 @@ def settle(model: nn.Module, device: torch.device, kinds=("_buffers", "_paramete
 def from_rank_0(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A parameter or buffer on the device, the same on all ranks."""
     if x.device != device:
-        values = torch.empty_like(x, device=device) if x.is_meta else x.detach().to(device)
-        x = nn.Parameter(values, x.requires_grad) if isinstance(x, nn.Parameter) else values
+        values = torch.empty_like(x, device=device)
+        if not x.is_meta:
+            values.copy_(x)
+        is_parameter = isinstance(x, nn.Parameter)
+        x = nn.Parameter(values, x.requires_grad) if is_parameter else values
     if dist.is_initialized() and x.numel():
         dist.broadcast(x.detach(), 0)
     return x
