@@ -901,30 +901,33 @@ def action_probes(val: dict, fits: dict) -> dict:
 
 
 def describe(m: dict, cfg: Config, step: int) -> str:
-    """Each metric beside what takes no learning; the verdict, but of an untrained model; of several
-    datasets tables."""
+    """Each metric beside what takes no learning, a line a theme; the verdict, but of an untrained
+    model; of several datasets tables."""
     lines = []
     if "accuracy" in m:
-        lines += [describe_score(m, "top-1", "accuracy"), describe_score(m, "top-5", "top5")]
-        lines += wrapped("position", ", ".join(map(" ".join, by_position(m).items())))
-        lines.append(f"codes    {m['codes_unique']:.1f} unique ({m['codes_unique_true']:.1f} true),"
-                     f" KL to true {beside(m, 'code_kl', 'train')}, "
-                     f"JS {beside(m, 'code_js', 'train')}")
+        positions = (f"{what} {' '.join(pairs)}" for what, pairs in by_position(m).items())
+        lines += [describe_score(m, "top-1", "accuracy"), describe_score(m, "top-5", "top5"),
+                  wrapped("position", ", ".join(positions)),
+                  f"codes    {m['codes_unique']:.1f} unique (true {m['codes_unique_true']:.1f}), "
+                  f"KL {beside(m, 'code_kl', 'train')}, JS {beside(m, 'code_js', 'train')}"]
     if "mse" in m:
         lines += [describe_score(m, "R2", "target_r2"),
                   f"vectors  MSE {beside(m, 'mse', 'mean')}, MAE {beside(m, 'mae', 'mean')}, "
                   f"cosine {beside(m, 'cosine', 'mean')}"]
     few = f"{cfg.episodes_per_task or 2} episodes a task"
-    for name, labels in {"few": few, "many": "many"}.items():
+    for name, labels in {"few": few, "many": "many episodes"}.items():
         key = f"action_r2_{name}"
         if f"{key}_readout" in m:
-            lines.append(f"{describe_score(m, 'actions', f'{key}_prediction')}, "
-                         f"readout {m[f'{key}_readout']:.3f}: R2 from {labels}")
+            score = describe_score(m, "actions", f"{key}_prediction")
+            lines.append(f"{score}, readout {m[f'{key}_readout']:.3f} (R2, {labels})")
     if "mix_unique" in m:
         lines.append(f"mix      {m['mix_unique']:.0f} datasets, entropy {m['mix_entropy']:.3f} "
-                     f"(training {m['mix_train_unique']:.0f}, {m['mix_train_entropy']:.3f})")
-    lines += wrapped("verdict", verdict(m)[1]) if step else []
-    return "\n  ".join([f"loss {m['loss']:.3f}", *lines, *tables_of(m)])
+                     f"(train {m['mix_train_unique']:.0f}, {m['mix_train_entropy']:.3f})")
+    if step:
+        lines.append(wrapped("verdict", verdict(m)[1]))
+    legend = "value [95%], change since the last [95%], what it stands beside"
+    body = textwrap.indent("\n".join([*lines, *tables_of(m)]), "  ")
+    return f"loss {m['loss']:.3f} | {legend}\n{body}"
 
 
 def verdict(m: dict) -> tuple[bool, str]:
@@ -1400,62 +1403,65 @@ def beside(m: dict, name: str, other: str) -> str:
     return f"{m[name]:.3f} ({other} {m[f'{name}_{other}']:.3f})"
 
 
-def by_position(m: dict, prefix: str = "") -> dict[str, str]:
+def by_position(m: dict, prefix: str = "") -> dict[str, list[str]]:
     """What is compared -> of each position both numbers."""
-    kinds = {"top-1/majority, %": ("accuracy", "majority", 100, 0),
-             "top-5/majority, %": ("top5", "majority", 100, 0),
-             "entropy/true": ("code_entropy", "true", 1, 1)}
-    positions = itertools.takewhile(lambda i: f"{prefix}top5_{i}" in m, itertools.count())
-    found = {}
-    for i, (title, (name, other, unit, digits)) in itertools.product(positions, kinds.items()):
-        key = f"{prefix}{name}_{i}"
-        pair = (f"{unit * value:.{digits}f}" for value in (m[key], m[f"{key}_{other}"]))
-        cell = "/".join(pair).rjust(6 + digits)
-        found[title] = f"{found.get(title, '')} {cell}"
-    return found
+    positions = [*itertools.takewhile(lambda i: f"{prefix}top5_{i}" in m, itertools.count())]
+
+    def pairs(name, other, form):
+        keys = [f"{prefix}{name}_{i}" for i in positions]
+        both = (f"{m[key]:{form}}/{m[f'{key}_{other}']:{form}}" for key in keys)
+        return [pair.replace("%", "") for pair in both]
+    return {"top-1/majority %": pairs("accuracy", "majority", ".0%"),
+            "top-5/majority %": pairs("top5", "majority", ".0%"),
+            "entropy/true": pairs("code_entropy", "true", ".1f")}
 
 
-def wrapped(label: str, text: str) -> list[str]:
-    """Lines of a terminal 100 columns wide, less main's indent."""
-    return textwrap.wrap(f"{label:8} {text}", 98, subsequent_indent=" " * 9)
+def wrapped(label: str, text: str, width: int = 9) -> str:
+    """For a terminal of 100 columns, less the indent of describe."""
+    return textwrap.fill(f"{label:{width}}{text}", 98, subsequent_indent=" " * width)
 
 
-# of each dataset; a name's column is as wide as two others
+# of each dataset, headed by what they stand for: 14 columns for its name, 7 for a metric
 TABLES = {
     "codes": {
-        "samples": "n", "accuracy": "top-1", "accuracy_low": "low", "accuracy_high": "high",
+        "accuracy": "top-1", "accuracy_low": "low", "accuracy_high": "high",
         "accuracy_trend": "change", "accuracy_majority": "major.", "accuracy_image_only": "image",
         "accuracy_instruction_only": "instr.", "top5": "top-5", "top5_majority": "major.",
-        "top5_image_only": "image", "top5_instruction_only": "instr."},
+        "codes_unique": "unique", "codes_unique_true": "true"},
     "vectors": {
         "mse": "MSE", "mse_mean": "mean", "mae": "MAE", "mae_mean": "mean", "cosine": "cosine",
         "cosine_mean": "mean", "target_r2": "R2", "target_r2_low": "low", "target_r2_high": "high",
         "target_r2_trend": "change", "target_r2_image_only": "image",
         "target_r2_instruction_only": "instr."},
     "population": {
-        "mix": "share", "mix_train": "train", "codes_unique": "unique", "codes_unique_true": "true",
         "code_kl": "KL", "code_kl_train": "train", "code_js": "JS", "code_js_train": "train",
-        "action_r2_few_prediction": "few R2", "action_r2_few_readout": "reado.",
-        "action_r2_many_prediction": "all R2", "action_r2_many_readout": "reado."}}
+        "samples": "n", "mix": "share", "mix_train": "train",
+        "action_r2_few_prediction": "few R2", "action_r2_few_readout": "read.",
+        "action_r2_many_prediction": "all R2", "action_r2_many_readout": "read."}}
 
 
 def tables_of(m: dict) -> list[str]:
-    """A line a dataset in each, where there are several."""
-    prefixes = datasets_of(m)
+    """Lines of tables with a line a dataset, where there are several."""
+    prefixes, lines = datasets_of(m), []
     if prefixes == [""]:
         return []
-    lines = []
     for title, columns in TABLES.items():
         keys = [key for key in columns if any(f"{prefix}{key}" in m for prefix in prefixes)]
-        if keys:
-            lines.append("".join([f"{title:14}", *(f"{columns[key]:>7}" for key in keys)]))
-            lines += ["".join([shortened(prefix), *(number(m.get(prefix + key)) for key in keys)])
-                      for prefix in prefixes]
+        head = "".join(f"{columns[key]:>7}" for key in keys)
+        lines += ["", f"{title:14}{head}"] if keys else []
+        for prefix in prefixes if keys else []:
+            cells = (number(m.get(f"{prefix}{key}")) for key in keys)
+            lines.append(shortened(prefix) + "".join(cells))
+    if "accuracy" in m:
+        lines += ["", f"{'by position':15}{' | '.join(by_position(m))}"]
+    for prefix in prefixes if "accuracy" in m else []:
+        pairs = ("".join(f" {pair:>5}" for pair in its) for its in by_position(m, prefix).values())
+        lines.append(wrapped(shortened(prefix), " |".join(pairs), 14))
     return lines
 
 
 def shortened(prefix: str) -> str:
-    """A dataset's name in 14 columns: its ends tell it from others."""
+    """A dataset's name in 14 columns: both ends, which tell it from others."""
     name = prefix.removesuffix("/")
     return f"{name[:8]}…{name[-5:]}" if len(name) > 14 else f"{name:14}"
 
@@ -1463,7 +1469,7 @@ def shortened(prefix: str) -> str:
 def number(value: float | None) -> str:
     if value is None:
         return f"{'-':>7}"
-    digits = 3 if abs(value) < 10 and value != round(value) else 0
+    digits = 0 if isinstance(value, int) or abs(value) >= 10 else 3
     return f"{value:7.{digits}f}"
 
 
@@ -2722,11 +2728,20 @@ def analyze(cfg: Config) -> int:
         save_numbers(png.with_suffix(".json"), numbers)
         encoded = base64.b64encode(png.read_bytes()).decode()
         page.append(f'<h2>{plot.__doc__}</h2><img src="data:image/png;base64,{encoded}">')
-    cells = [f"<tr><td>{html.escape(name)}<td>{value:.3f}" for name, value in metrics.items()]
-    page.append(f"<h2>Metrics on held-out episodes</h2><table>{''.join(cells)}</table>")
+    page.append(f"<h2>Metrics on held-out episodes</h2><table>{rows_of_html(metrics)}</table>")
     (folder / "report.html").write_text("\n".join(page))
     print(f"{description}\nreport: {folder}/report.html")
     return 0
+
+
+def rows_of_html(m: dict) -> str:
+    """A row a metric; the first column is of all datasets, more are of each."""
+    prefixes = list(dict.fromkeys(["", *datasets_of(m)]))
+    rows = [["", *(prefix.removesuffix("/") for prefix in prefixes)]]
+    for name in dict.fromkeys(key.rpartition("/")[2] for key in m):
+        values = (m.get(f"{prefix}{name}") for prefix in prefixes)
+        rows.append([name, *("" if value is None else f"{value:.3f}" for value in values)])
+    return "".join("<tr><td>" + "<td>".join(map(html.escape, row)) for row in rows)
 
 
 def save_numbers(path: Path, content):
