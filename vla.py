@@ -721,21 +721,23 @@ class Evaluation:
         return metrics
 
     def intervals(self, prefix: str, metrics: dict) -> dict:
-        """Of metrics that are resampled the value, its interval and its trend, but of baselines the
-        value alone; others as they are."""
+        """Of each metric its value; of those that are resampled, but of baselines, also its interval
+        and its trend."""
         out = {}
         for name, value in metrics.items():
-            name, draws = prefix + name, {}
-            if np.ndim(value):
-                value, draws[name] = value[0], value[1:]
-            out[name] = value
-            if not draws or name.endswith(("_mean", "_majority")):
+            name = f"{prefix}{name}"
+            if np.ndim(value) == 0:
+                out[name] = value
                 continue
+            out[name], draws = value[0], value[1:]
+            if name.endswith(("_mean", "_majority")):
+                continue
+            found = {name: draws}
             if name in self.before:
-                change = draws[name] - self.before[name]
-                draws[f"{name}_trend"], out[f"{name}_trend"] = change, change.mean()
-            self.before[name] = draws[name]
-            for key, values in draws.items():
+                change = draws - self.before[name]
+                found[f"{name}_trend"], out[f"{name}_trend"] = change, change.mean()
+            self.before[name] = draws
+            for key, values in found.items():
                 out[f"{key}_low"], out[f"{key}_high"] = np.quantile(values, [0.025, 0.975])
         return out
 
@@ -1447,23 +1449,26 @@ def tables_of(m: dict) -> list[str]:
         return []
     for title, columns in TABLES.items():
         keys = [key for key in columns if any(f"{prefix}{key}" in m for prefix in prefixes)]
+        if not keys:
+            continue
         head = "".join(f"{columns[key]:>7}" for key in keys)
-        lines += ["", f"{title:14}{head}"] if keys else []
-        for prefix in prefixes if keys else []:
-            cells = (number(m.get(f"{prefix}{key}")) for key in keys)
-            lines.append(shortened(prefix) + "".join(cells))
+        lines += ["", f"{title:14}{head}"]
+        for prefix in prefixes:
+            cells = "".join(number(m.get(f"{prefix}{key}")) for key in keys)
+            lines.append(f"{shortened(prefix):14}{cells}")
     if "accuracy" in m:
-        lines += ["", f"{'by position':15}{' | '.join(by_position(m))}"]
-    for prefix in prefixes if "accuracy" in m else []:
-        pairs = ("".join(f" {pair:>5}" for pair in its) for its in by_position(m, prefix).values())
-        lines.append(wrapped(shortened(prefix), " |".join(pairs), 14))
+        lines += ["", wrapped("by position", " | ".join(by_position(m)), 15)]
+        for prefix in prefixes:
+            cells = (" ".join(f"{pair:>5}" for pair in pairs).rjust(len(what))
+                     for what, pairs in by_position(m, prefix).items())
+            lines.append(wrapped(shortened(prefix), " | ".join(cells), 15))
     return lines
 
 
 def shortened(prefix: str) -> str:
-    """A dataset's name in 14 columns: both ends, which tell it from others."""
-    name = prefix.removesuffix("/")
-    return f"{name[:8]}…{name[-5:]}" if len(name) > 14 else f"{name:14}"
+    """A dataset's name in 14 columns: both ends tell it from others, which a test holds."""
+    name = prefix.removesuffix("/").removesuffix(data_oxe.RLDS)
+    return f"{name[:10]}…{name[-3:]}" if len(name) > 14 else name
 
 
 def number(value: float | None) -> str:
