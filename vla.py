@@ -721,8 +721,7 @@ class Evaluation:
         return metrics
 
     def intervals(self, prefix: str, metrics: dict) -> dict:
-        """Of each metric its value; of those that are resampled, but of baselines, also its interval
-        and its trend."""
+        """Of each metric its value; of what is resampled, but no baseline, interval and trend."""
         out = {}
         for name, value in metrics.items():
             name = f"{prefix}{name}"
@@ -916,7 +915,7 @@ def describe(m: dict, cfg: Config, step: int) -> str:
         lines += [describe_score(m, "R2", "target_r2"),
                   f"vectors  MSE {beside(m, 'mse', 'mean')}, MAE {beside(m, 'mae', 'mean')}, "
                   f"cosine {beside(m, 'cosine', 'mean')}"]
-    few = f"{cfg.episodes_per_task or 2} episodes a task"
+    few = f"{cfg.episodes_per_task or 2} episodes/task"
     for name, labels in {"few": few, "many": "many episodes"}.items():
         key = f"action_r2_{name}"
         if f"{key}_readout" in m:
