@@ -937,7 +937,7 @@ def verdict(m: dict) -> tuple[bool, str]:
     better, worse, what = "accuracy", "accuracy_majority", "majority code"
     if "accuracy" not in m:                                             # of errors less is better
         better, worse, what = "mse_mean", "mse", "mean vector"
-    judged = [x for x in datasets_of(m) if m[f"{x}samples"] >= FEWEST and x + better in m]
+    judged = [x for x in datasets_of(m) if x + better in m and m[f"{x}samples"] >= FEWEST]
     bad = [x for x in judged if m[x + better] < m[x + worse]]
     if not judged:
         return True, f"no verdict: no dataset has {FEWEST} held-out samples (--eval-batches)"
@@ -1458,7 +1458,7 @@ def tables_of(m: dict) -> list[str]:
     if "accuracy" in m:
         lines += ["", wrapped("by position", " | ".join(by_position(m)), 15)]
         for prefix in prefixes:
-            cells = (" ".join(f"{pair:>5}" for pair in pairs).rjust(len(what))
+            cells = (" ".join(f"{pair:>5}" for pair in pairs).ljust(len(what))
                      for what, pairs in by_position(m, prefix).items())
             lines.append(wrapped(shortened(prefix), " | ".join(cells), 15))
     return lines
