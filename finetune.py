@@ -159,7 +159,7 @@ class Policy(nn.Module):
     act(batch, noise (B, C, A); None: drawn) -> actions (B, C, A) in the units of the first dataset
     """
 
-    entries = ("act",)                                                  # see shard
+    entries = "act", "inputs"                                           # see shard
 
     def __init__(self, cfg: Config, trunk: "Trunk", stats: dict):
         super().__init__()
@@ -187,6 +187,10 @@ class Policy(nn.Module):
         features = self.features({**batch, "dataset": torch.zeros_like(ids[:, 0])})
         chunk = self.head.predict(features, noise)
         return chunk * self.action_scale[0] + self.action_offset[0]     # (B, C, A)
+
+    def inputs(self, batch: dict):
+        """Of a linear read-out."""
+        return self.head.inputs(self.features(batch))
 
     def layers(self) -> list[nn.Module]:
         return [*self.trunk.layers(), *self.head.layers()]
@@ -450,8 +454,7 @@ class Decoder:
         """episodes: how many are labelled."""
         self.targets, self.labeller = cfg.targets, labeller
         self.tokens, self.device = tokens, device
-        shared = frozen_of(model) if cfg.parallel == "ddp" else {}
-        self.trunk = shard(copy.deepcopy(model.trunk, shared).eval(), cfg)
+        self.trunk = twin(model, cfg, "trunk").eval()
         self.shape = cfg.chunk, model.action_dim
         load = partial(data_oxe.Loader, image_size=max(labeller.image_size, self.trunk.image_size),
                        horizon_s=labeller.manifest["config"]["horizon_s"], follow=1,
@@ -931,11 +934,12 @@ def main(cfg: Config) -> int:
     loader = Sources(cfg, trunk.image_size, labeller, local, rank, world)
     fit_loader, val_loader = labelled_loaders(cfg, trunk.image_size)
     rollouts = Rollouts(cfg, tokenizer, loader.labelled, pretraining)
-    model = make_model(cfg, trunk, tokens, fit_loader, device)
+    model = make_model(cfg, trunk, fit_loader)
+    flops = flops_a_sample(model, cfg)
+    train = wrap(model, cfg, device)
+    start_at_closed_form(model, cfg, tokens, fit_loader, device)
     nearest = Nearest(fit_loader, device)
     decoder = Decoder(cfg, model, loader.episodes, labeller, tokens, device) if labeller else None
-    flops = flops_a_sample(model, cfg, device)
-    train = wrap(model, cfg)
     average, best = twin(model, cfg), twin(model, cfg)
     kept = nn.ModuleDict({"model": model, "average": average, "best": best})
     optimizer = slow_down(make_optimizer(cfg, model), model.trunk, cfg.trunk_lr)
@@ -999,24 +1003,24 @@ def labelled_loaders(cfg: Config, image_size: int) -> tuple:
     return load("train", seed=0), load("val", seed=1)
 
 
-def make_model(cfg: Config, trunk: Trunk, tokens, loader, device) -> Policy:
-    """A policy in the units of a loader's episodes; a linear read-out starts in closed form."""
+def make_model(cfg: Config, trunk: Trunk, loader) -> Policy:
+    """In the units of a loader's episodes."""
     freeze(trunk, cfg)
     torch.manual_seed(cfg.seed)                             # the same head whatever the trunk drew
-    model = Policy(cfg, trunk, statistics(loader, cfg.normalize)).to(device)
-    batches = (data_oxe.to_device(batch, device, loader.image_size)
-               for batch in loader.peek(cfg.eval_batches))
-    if isinstance(model.head, ReadOut):
-        start_at_closed_form(model, [to_inputs(batch, model, tokens, device) for batch in batches])
-    return model
+    return Policy(cfg, trunk, statistics(loader, cfg.normalize))
 
 
 @torch.no_grad()
-def start_at_closed_form(model: Policy, batches: list[dict], penalty: float = 0.1):
-    """Sets the linear read-out to the ridge regression of the labelled chunks on the features, so
-    that iteration 0 acts already."""
+def start_at_closed_form(model: Policy, cfg: Config, tokens, loader, device, penalty: float = 0.1):
+    """Sets a linear read-out to the ridge regression of a loader's chunks on the features, so that
+    iteration 0 acts already."""
+    if not isinstance(model.head, ReadOut):
+        return
     head = model.head
-    x = torch.cat([head.inputs(model.features(batch)) for batch in batches]).double()   # (M, n)
+    tensors = (data_oxe.to_device(batch, device, loader.image_size)
+               for batch in loader.peek(cfg.eval_batches))
+    batches = [to_inputs(batch, model, tokens, device) for batch in tensors]
+    x = torch.cat([model.inputs(batch) for batch in batches]).double()                  # (M, n)
     y = torch.cat([batch["chunk"].flatten(1) for batch in batches]).double()
     weight = torch.cat([batch["weight"].mean(1, keepdim=True) for batch in batches]).double()
     total = weight.sum()
@@ -1027,8 +1031,11 @@ def start_at_closed_form(model: Policy, batches: list[dict], penalty: float = 0.
     x = x / scale
     gram = x.T @ (weight * x) / total + penalty * torch.eye(len(scale)).to(x)
     slope = torch.linalg.solve(gram, x.T @ (weight * y) / total) / scale[:, None]
-    head.linear.weight.copy_(slope.T)
-    head.linear.bias.copy_(mean - center @ slope)
+    solution = {"weight": slope.T, "bias": mean - center @ slope}
+    for name, value in solution.items():
+        value = mean_of_ranks(value.float().contiguous())               # to the last digit the same
+        parameter = head.linear.get_parameter(name)
+        parameter.copy_(divided(value, parameter))
 
 
 def frozen_of(model: nn.Module) -> dict:
@@ -1036,12 +1043,14 @@ def frozen_of(model: nn.Module) -> dict:
     return {id(p): p for p in model.parameters() if not p.requires_grad}
 
 
-def twin(model: Policy, cfg: Config) -> Policy:
-    """A copy, sharded as the model is; unless sharded, it shares what is frozen."""
+def twin(model: Policy, cfg: Config, part: str = "") -> nn.Module:
+    """A copy of the model or of a part, sharded as it is; unless sharded, it shares what is
+    frozen."""
+    mine = model.get_submodule(part)
     if not isinstance(model, FSDPModule):
-        return copy.deepcopy(model, frozen_of(model))
-    copied = shard(copy.deepcopy(model.hollow), cfg)
-    state = {name: x.clone() for name, x in model.state_dict().items()}
+        return copy.deepcopy(mine, frozen_of(mine))
+    copied = shard(copy.deepcopy(model.hollow.get_submodule(part)), cfg)
+    state = {name: x.clone() for name, x in mine.state_dict().items()}
     copied.load_state_dict(state, assign=True)
     return copied
 
@@ -1262,9 +1271,10 @@ def check_widths(loader):
         fail(f"a policy learns actions of one width from all of --mix, but these are {widths} wide")
 
 
-def flops_a_sample(model: Policy, cfg: Config, device) -> int:
-    """Of forward and backward."""
-    images, state, ids, mask, chunk = example_of(model, cfg, device)
+def flops_a_sample(model: Policy, cfg: Config) -> int:
+    """Of forward and backward; of shapes, so that nothing is computed."""
+    model = hollow(model).to("meta")
+    images, state, ids, mask, chunk = example_of(model, cfg, "meta")
     yes = torch.ones_like(ids[:, 0], dtype=torch.bool)
     inputs = {"images": images, "state": state, "ids": ids, "mask": mask, "chunk": chunk,
               "weight": chunk[..., 0], "is_video": yes, "dataset": torch.zeros_like(ids[:, 0])}
@@ -1762,18 +1772,22 @@ TRUNKS = {"tiny": tiny, "dual-7b": dual_7b}         # a new one is a function; o
 
 def load_trunk(cfg, stage2: str = "") -> tuple[Trunk, object]:
     """--trunk and its tokenizer: tiny and --random-init are random; else weights that are absent
-    are an error. With a folder of vla.py it is the one that was trained."""
+    are an error. With a folder of vla.py it is the one that was trained. Ranks but the first
+    build shapes without values (device meta), which wrap fills: a node has memory for one of
+    them."""
     if cfg.trunk == "tiny" and not stage2 and (cfg.plain_prompt or cfg.text_layers is not None):
         fail("--trunk tiny has no chat and always two layers; leave --plain-prompt and "
              "--text-layers out")
     if cfg.text_layers is not None and cfg.text_layers < 1:
         fail(f"--text-layers {cfg.text_layers} must be at least 1")
-    return TRUNKS.get(cfg.trunk, smolvlm2)(cfg, stage2)
+    rank = int(os.environ.get("RANK", 0))
+    with torch.device("meta") if rank else contextlib.nullcontext():
+        return TRUNKS.get(cfg.trunk, smolvlm2)(cfg, stage2)
 
 
 def pretrained(what: str, kind, name: str, **options):
-    """kind.from_pretrained of transformers; exits where weights are absent or do not fit. Rank 0
-    reads them and sends them to the other processes, whose host memory they never fill."""
+    """kind.from_pretrained of transformers; exits where weights are absent or do not fit. Only rank
+    0 reads them."""
     is_model, rank = issubclass(kind, PreTrainedModel), int(os.environ.get("RANK", 0))
     if not is_model:
         options |= dict(trust_remote_code=False)                # without it, it asks
@@ -1787,25 +1801,19 @@ def pretrained(what: str, kind, name: str, **options):
             if its.split("_")[0] != family:
                 raise ValueError(f"its config says '{its}', not '{family}'")
         if is_model and rank:
-            with torch.device("meta"):
-                model = kind(kind.config_class.from_pretrained(name, **options))
-        else:
-            made = kind.from_pretrained(name, **options)
+            return kind(kind.config_class.from_pretrained(name, **options)).eval()
+        made = kind.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         fail(f"no pretrained {what} at '{name}' ({str(error).splitlines()[0]}); give a Hugging "
              f"Face name that this machine can reach, a folder with config, weights and tokenizer, "
              f"or 'tiny'")
     if not is_model:
         return made
-    if rank:
-        return same_on_all_ranks(model.to_empty(device=find_device())).eval()
     model, info = made
     missing = sorted(info["missing_keys"])
     if missing:
         fail(f"weights of '{name}' lack {len(missing)} tensors of a {what}, the first is "
              f"{missing[0]}")
-    if dist.is_initialized():
-        same_on_all_ranks(model.to(find_device()))
     return model
 
 
@@ -2171,18 +2179,18 @@ def make_optimizer(cfg, model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
-def wrap(model: nn.Module, cfg) -> nn.Module:
-    """The model as main trains it: its gradients are means over the processes."""
-    train = model
-    if dist.is_initialized() and cfg.parallel == "ddp":
-        train = DDP(model, forward_sync_buffers=False)
-    elif cfg.parallel == "fsdp":
-        same_on_all_ranks(model)
-        shard(model, cfg)
+def wrap(model: nn.Module, cfg, device: torch.device) -> nn.Module:
+    """The model on the device, as main trains it: its gradients are means over the processes."""
+    if cfg.parallel == "fsdp":
+        train = shard(model, cfg, device)
+    else:
+        train = settle(model, device)
+        if dist.is_initialized():
+            train = DDP(model, forward_sync_buffers=False)
     return torch.compile(train) if cfg.compile else train
 
 
-def shard(model: nn.Module, cfg) -> nn.Module:
+def shard(model: nn.Module, cfg, device: torch.device | None = None) -> nn.Module:
     """--parallel fsdp, in place (FSDP2; ZeRO, 1910.02054): of each parameter, its gradient and its
     moments a process holds some rows. A layer's parameters are whole while it runs, in bfloat16
     with that --dtype, and what it computes is computed again for the backward pass; the others are
@@ -2190,26 +2198,57 @@ def shard(model: nn.Module, cfg) -> nn.Module:
     micro-batch: those of whole parameters would not fit. Frozen parameters and LoRA's (peft) are as
     others. A process alone has nothing to share, but computes layers twice all the same.
 
-    model.layers() -> transformer layers; entries: names of the methods beside forward that are
-    called from outside and read parameters. model.hollow is what it was, without values.
+    With a device, layer after layer comes there whole, from rank 0, before it is divided: so a
+    device holds its share and one layer. model.layers() -> transformer layers; entries: names of
+    the methods beside forward that are called from outside and read parameters. model.hollow is
+    what it was, without values.
     """
     if cfg.parallel != "fsdp":
         return model
+    if device:
+        settle(model, device, kinds=("_buffers",))
     model.__dict__["hollow"] = hollow(model)                # no part of it, so in no state_dict
-    for layer in model.layers():
+    parts = [*model.layers(), model]
+    for layer in parts[:-1]:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
                                 preserve_rng_state=False)   # layers draw nothing
-    if not dist.is_initialized():
-        return model
     precision = MixedPrecisionPolicy()
     if cfg.dtype == "bfloat16":                             # between layers all is float32
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
-    for layer in model.layers():
-        fully_shard(layer, mp_policy=precision)
-    fully_shard(model, reshard_after_forward=True)
-    for name in model.entries:
+    for part in parts:
+        if device:
+            settle(part, device)
+        if dist.is_initialized():
+            its = MixedPrecisionPolicy() if part is model else precision
+            fully_shard(part, mp_policy=its, reshard_after_forward=True)
+    for name in model.entries if dist.is_initialized() else ():
         register_fsdp_forward_method(model, name)
     return model
+
+
+@torch.no_grad()
+def settle(model: nn.Module, device: torch.device, kinds=("_buffers", "_parameters")) -> nn.Module:
+    """Brings to the device, in place, what is not sharded, with rank 0's values: that of others
+    may be without any (device meta), as load_trunk leaves it."""
+    settled = {}
+    for table in [getattr(module, kind) for module in model.modules() for kind in kinds]:
+        for name, x in table.items():
+            if x is None or isinstance(x, DTensor):
+                continue
+            if id(x) not in settled:                        # a tied one stays tied
+                settled[id(x)] = from_rank_0(x, device)
+            table[name] = settled[id(x)]
+    return model
+
+
+def from_rank_0(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A parameter or buffer on the device, the same on all ranks."""
+    if x.device != device:
+        values = torch.empty_like(x, device=device) if x.is_meta else x.detach().to(device)
+        x = nn.Parameter(values, x.requires_grad) if isinstance(x, nn.Parameter) else values
+    if dist.is_initialized() and x.numel():
+        dist.broadcast(x.detach(), 0)
+    return x
 
 
 def hollow(model: nn.Module) -> nn.Module:
@@ -2242,15 +2281,6 @@ def divided(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if not isinstance(like, DTensor):
         return x
     return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
-
-
-@torch.no_grad()
-def same_on_all_ranks(model: nn.Module) -> nn.Module:
-    """Rank 0's parameters and buffers, in place."""
-    for x in [*model.parameters(), *model.buffers()] if dist.is_initialized() else ():
-        if x.numel():
-            dist.broadcast(x, 0)
-    return model
 
 
 def clip_gradients(model: nn.Module, most: float) -> torch.Tensor:

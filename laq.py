@@ -1219,7 +1219,7 @@ def main(cfg: Config) -> int:
     model = make_model(cfg, loader, targets, device)
     fit_to_data([control] if cfg.resume else [control, model], cfg, loaders["many"], device)
     flops = flops_a_sample(model, cfg, device)
-    train = wrap(model, cfg)
+    train = wrap(model, cfg, device)
     optimizer = make_optimizer(cfg, model)
     start = load_checkpoint(cfg, model, optimizer, loader, rank, world) if cfg.resume else 0
     if cfg.export_only:
@@ -1638,18 +1638,18 @@ def make_optimizer(cfg, model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
-def wrap(model: nn.Module, cfg) -> nn.Module:
-    """The model as main trains it: its gradients are means over the processes."""
-    train = model
-    if dist.is_initialized() and cfg.parallel == "ddp":
-        train = DDP(model, forward_sync_buffers=False)
-    elif cfg.parallel == "fsdp":
-        same_on_all_ranks(model)
-        shard(model, cfg)
+def wrap(model: nn.Module, cfg, device: torch.device) -> nn.Module:
+    """The model on the device, as main trains it: its gradients are means over the processes."""
+    if cfg.parallel == "fsdp":
+        train = shard(model, cfg, device)
+    else:
+        train = settle(model, device)
+        if dist.is_initialized():
+            train = DDP(model, forward_sync_buffers=False)
     return torch.compile(train) if cfg.compile else train
 
 
-def shard(model: nn.Module, cfg) -> nn.Module:
+def shard(model: nn.Module, cfg, device: torch.device | None = None) -> nn.Module:
     """--parallel fsdp, in place (FSDP2; ZeRO, 1910.02054): of each parameter, its gradient and its
     moments a process holds some rows. A layer's parameters are whole while it runs, in bfloat16
     with that --dtype, and what it computes is computed again for the backward pass; the others are
@@ -1657,26 +1657,57 @@ def shard(model: nn.Module, cfg) -> nn.Module:
     micro-batch: those of whole parameters would not fit. Frozen parameters and LoRA's (peft) are as
     others. A process alone has nothing to share, but computes layers twice all the same.
 
-    model.layers() -> transformer layers; entries: names of the methods beside forward that are
-    called from outside and read parameters. model.hollow is what it was, without values.
+    With a device, layer after layer comes there whole, from rank 0, before it is divided: so a
+    device holds its share and one layer. model.layers() -> transformer layers; entries: names of
+    the methods beside forward that are called from outside and read parameters. model.hollow is
+    what it was, without values.
     """
     if cfg.parallel != "fsdp":
         return model
+    if device:
+        settle(model, device, kinds=("_buffers",))
     model.__dict__["hollow"] = hollow(model)                # no part of it, so in no state_dict
-    for layer in model.layers():
+    parts = [*model.layers(), model]
+    for layer in parts[:-1]:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
                                 preserve_rng_state=False)   # layers draw nothing
-    if not dist.is_initialized():
-        return model
     precision = MixedPrecisionPolicy()
     if cfg.dtype == "bfloat16":                             # between layers all is float32
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
-    for layer in model.layers():
-        fully_shard(layer, mp_policy=precision)
-    fully_shard(model, reshard_after_forward=True)
-    for name in model.entries:
+    for part in parts:
+        if device:
+            settle(part, device)
+        if dist.is_initialized():
+            its = MixedPrecisionPolicy() if part is model else precision
+            fully_shard(part, mp_policy=its, reshard_after_forward=True)
+    for name in model.entries if dist.is_initialized() else ():
         register_fsdp_forward_method(model, name)
     return model
+
+
+@torch.no_grad()
+def settle(model: nn.Module, device: torch.device, kinds=("_buffers", "_parameters")) -> nn.Module:
+    """Brings to the device, in place, what is not sharded, with rank 0's values: that of others
+    may be without any (device meta), as load_trunk leaves it."""
+    settled = {}
+    for table in [getattr(module, kind) for module in model.modules() for kind in kinds]:
+        for name, x in table.items():
+            if x is None or isinstance(x, DTensor):
+                continue
+            if id(x) not in settled:                        # a tied one stays tied
+                settled[id(x)] = from_rank_0(x, device)
+            table[name] = settled[id(x)]
+    return model
+
+
+def from_rank_0(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A parameter or buffer on the device, the same on all ranks."""
+    if x.device != device:
+        values = torch.empty_like(x, device=device) if x.is_meta else x.detach().to(device)
+        x = nn.Parameter(values, x.requires_grad) if isinstance(x, nn.Parameter) else values
+    if dist.is_initialized() and x.numel():
+        dist.broadcast(x.detach(), 0)
+    return x
 
 
 def hollow(model: nn.Module) -> nn.Module:
@@ -1709,15 +1740,6 @@ def divided(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if not isinstance(like, DTensor):
         return x
     return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
-
-
-@torch.no_grad()
-def same_on_all_ranks(model: nn.Module) -> nn.Module:
-    """Rank 0's parameters and buffers, in place."""
-    for x in [*model.parameters(), *model.buffers()] if dist.is_initialized() else ():
-        if x.numel():
-            dist.broadcast(x, 0)
-    return model
 
 
 def clip_gradients(model: nn.Module, most: float) -> torch.Tensor:

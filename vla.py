@@ -14,11 +14,11 @@ manifest.json `smolvla_shared.v1`), last.pt, metrics.jsonl, analysis/.
 
 The trunk reads a last token, <ACTION>, and what it makes of that is its readout, which stage 3 goes
 on with. --mode says what predicts latents from it:
-    latents     flow matching of the vectors (SmolVLA, arXiv 2506.01844)
+    latent_flow flow matching of the vectors (SmolVLA, arXiv 2506.01844)
     head        logits of each position's codes (LAPA, 2410.11758)
     codes       the language model itself: <ACTION> <ACT_7> <ACT_3> </ACTION>
     actions     flow matching of true action chunks, of all video: the oracle
-    multitask   latents, and actions of the datasets that have any
+    multitask   latent_flow, and actions of the datasets that have any
 `accuracy` is that of the codes nearest to the prediction, on held-out episodes. Beside it, as
 beside every metric, stands what takes no learning (always the most frequent code) and what is left
 when the picture or the instruction is another sample's.
@@ -82,21 +82,19 @@ transformers_logging.disable_progress_bar()
 matplotlib.use("Agg")
 
 
-Mode = Literal["latents", "head", "codes", "actions", "multitask"]      # see MODES
-
-
 @dataclass
 class Config(data_oxe.DataConfig):
     out: str = "runs/vla"                   # checkpoints, metrics, hand-over files
     overwrite: bool = False                 # start anew in an OUT that holds a run or its files
 
     # what is predicted
-    mode: Mode = "latents"                  # above: what is predicted, and how
+    mode: str = "latent_flow"               # above: what is predicted, and how; one of MODES
     laq_ckpt: str = "runs/laq/laq.pt2"      # laq.py's labeller; 'pooled', a control; '': none
     targets: Literal["vectors", "codes"] = "vectors"    # latents: unquantized, or of the codes
     latent_chunk: int = 1                   # consecutive pairs whose latents are predicted at once
     parallel_decode: bool = False           # --mode codes: all positions' codes in one pass
-    action_weight: float = 1.0              # --mode multitask: of the actions' loss
+    latent_weight: float = 1.0              # --mode multitask: of the latents' loss
+    action_weight: float = 1.0              # ... and of the actions'
     null: Literal["", "permuted", "frame"] = ""     # control: other pairs' latents, or still pairs'
     chunk: int = 8                          # C, actions predicted at once
 
@@ -146,13 +144,17 @@ class Config(data_oxe.DataConfig):
 class LatentPolicy(nn.Module):
     """A mode: trunk, target and a head that a subclass adds.
 
+    needs: what of a pair it learns from: "latents", "codes", "actions" (see make_target); it is
+        built with a target for each, and judged by the first
     read(batch of to_inputs) -> what the trunk makes of it: the readout (B, W), or a prompt
     loss(batch, read) -> its parts by name, which main sums
     expect(read) -> readout (B, W), the expected target (B, N)
     target(batch) -> target, weight (B, N); width: N
     code_scores(prediction) -> (B, S, K), the higher the likelier a code; None without codes
+    hand_over(vlm, tokenizer): puts what it learned beside readout and head into stage2/'s
     """
 
+    needs = ("latents",)
     entries = "predict", "judge"                                        # see shard
 
     def __init__(self, trunk: "Trunk", target: nn.Module):
@@ -194,8 +196,11 @@ class LatentPolicy(nn.Module):
     def code_scores(self, prediction):
         return self.target.scores(prediction)
 
+    def hand_over(self, vlm, tokenizer):
+        """There is nothing else."""
 
-class Flow(LatentPolicy):
+
+class LatentFlow(LatentPolicy):
     """Flow matching of the target, given the readout."""
 
     def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module):
@@ -213,8 +218,16 @@ class Flow(LatentPolicy):
         return readout, self.head.sample(readout, noise)
 
 
+class TrueActions(LatentFlow):
+    """The same of true action chunks."""
+
+    needs = ("actions",)
+
+
 class Head(LatentPolicy):
     """LAPA's: logits of each position's codes, linear in the readout (2410.11758)."""
+
+    needs = ("codes",)
 
     def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module):
         super().__init__(trunk, target)
@@ -242,6 +255,8 @@ class CodeTokens(LatentPolicy):
     The output layer is the input layer. Where the pretrained model had another one (Llama 2 has),
     words begin with wrong logits; they only compete with the codes in the softmax of the loss.
     """
+
+    needs = ("codes",)
 
     def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module):
         super().__init__(trunk, target)
@@ -291,13 +306,26 @@ class CodeTokens(LatentPolicy):
         """(..., W) -> probabilities (..., K) by the grammar."""
         return F.linear(hidden, self.tokens[:-1]).float().softmax(-1)
 
+    def hand_over(self, vlm, tokenizer):
+        """<ACTION>, <ACT_i> and </ACTION> join the tokenizer and the language model's input."""
+        first = len(tokenizer)
+        codes = [f"<ACT_{i}>" for i in range(self.target.K)]
+        tokenizer.add_tokens(["<ACTION>", *codes, "</ACTION>"], special_tokens=True)
+        words = max(len(vlm.get_input_embeddings().weight), len(tokenizer))
+        vlm.resize_token_embeddings(words, mean_resizing=False)
+        rows = torch.cat([self.trunk.readout[None], self.tokens])
+        vlm.get_input_embeddings().weight.data[first:len(tokenizer)] = rows
 
-class Multitask(Flow):
+
+class Multitask(LatentFlow):
     """Latents of all samples and, of those that have any, true action chunks, by a flow each."""
+
+    needs = "latents", "actions"
 
     def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module, actions: nn.Module):
         super().__init__(cfg, trunk, target)
-        self.actions, self.action_weight = actions, cfg.action_weight
+        self.actions = actions
+        self.latent_weight, self.action_weight = cfg.latent_weight, cfg.action_weight
         self.action_head = FlowHead(actions.width, trunk.width, cfg.head_width, cfg.head_depth,
                                     steps=1)
 
@@ -308,12 +336,12 @@ class Multitask(Flow):
         counts = counts * batch["has_action"][:, None]
         action = self.action_head.loss(chunk, readout, counts)          # mean over all B
         share = batch["labelled_share"].mean().clamp(min=1e-9)          # of the step
-        parts = {"actions": self.action_weight * action / share}
-        return super().loss(batch, readout) | parts
+        latent = super().loss(batch, readout)["flow"]
+        return {"flow": self.latent_weight * latent, "actions": self.action_weight * action / share}
 
 
 # a new one is a class that keeps to LatentPolicy
-MODES = {"latents": Flow, "head": Head, "codes": CodeTokens, "actions": Flow,
+MODES = {"latent_flow": LatentFlow, "head": Head, "codes": CodeTokens, "actions": TrueActions,
          "multitask": Multitask}
 
 
@@ -377,7 +405,8 @@ class Vectors(nn.Module):
 
     def forward(self, batch: dict):
         latents = batch["latents"].flatten(1)
-        with torch.autocast(latents.device.type, enabled=False):        # as exact as the labels
+        kind = "cuda" if latents.is_cuda else "cpu"
+        with torch.autocast(kind, enabled=False):                       # as exact as the labels
             target = (latents - self.center) @ self.basis
         return target, torch.ones_like(target)
 
@@ -652,13 +681,12 @@ def to_inputs(batch: dict, cfg: Config, labeller, trunk: Trunk, tokens, device,
               "mask": mask}
     if not labelled:
         return inputs
-    if cfg.mode in ("actions", "multitask"):
+    if "actions" in MODES[cfg.mode].needs:                  # all ranks come here with their batches
         inputs |= {k: batch[k] for k in ("actions", "action_mask", "has_action", "dataset")}
-    if cfg.mode == "actions":
-        return inputs
-    if cfg.mode == "multitask":                             # all ranks come here with their batches
         share = mean_of_ranks(batch["has_action"].float().mean())
         inputs["labelled_share"] = share.expand(len(frames))
+    if not needs_labels(cfg):
+        return inputs
     if cfg.null == "frame":
         frames = frames[:, :1].expand_as(frames)
     codes, latents = label_pairs(labeller, frames)
@@ -995,7 +1023,7 @@ def main(cfg: Config) -> int:
 
     model = make_model(cfg, trunk, labeller, loaders["many"], device)
     flops = flops_a_sample(model, loaders["val"], inputs_of, device)
-    train = wrap(model, cfg)
+    train = wrap(model, cfg, device)
     optimizer = make_optimizer(cfg, model)
     start = load_checkpoint(cfg, model, optimizer, loader, rank, world) if cfg.resume else 0
     if cfg.export_only:
@@ -1049,23 +1077,31 @@ def main(cfg: Config) -> int:
 
 
 # ------------------------------------------------------------ a reader may stop here
+def needs_labels(cfg: Config) -> bool:
+    """Whether a labeller has to look at pairs."""
+    return not {"latents", "codes"}.isdisjoint(MODES[cfg.mode].needs)
+
+
 def check(cfg: Config):
     """Fills in learning rate and warm-up: a large trunk wants a tenth of tiny's rate. Exits where
     settings do not go together."""
-    if cfg.mode != "actions" and not cfg.laq_ckpt:
+    if cfg.mode not in MODES:
+        fail(f"unknown --mode '{cfg.mode}'; there are {', '.join(MODES)}")
+    needs, labels = MODES[cfg.mode].needs, needs_labels(cfg)
+    if labels and not cfg.laq_ckpt:
         fail(f"--mode {cfg.mode} needs --laq-ckpt, the laq.pt2 of laq.py")
-    if cfg.laq_ckpt == "pooled" and cfg.mode in ("head", "codes"):
+    if cfg.laq_ckpt == "pooled" and "codes" in needs:
         fail(f"--laq-ckpt pooled has no codes, which --mode {cfg.mode} predicts; give the laq.pt2 "
              f"of laq.py")
-    if cfg.laq_ckpt == "pooled" and cfg.targets == "codes" and cfg.mode != "actions":
+    if cfg.laq_ckpt == "pooled" and cfg.targets == "codes" and labels:
         fail("--laq-ckpt pooled has no codes; give --targets vectors")
-    if cfg.latent_chunk < 1 or cfg.latent_chunk > 1 and cfg.mode == "actions":
+    if cfg.latent_chunk < 1 or cfg.latent_chunk > 1 and not labels:
         fail(f"--latent-chunk {cfg.latent_chunk} is a number of frame pairs whose latents are "
              f"predicted; --mode {cfg.mode} needs 1")
     if cfg.parallel_decode and cfg.mode != "codes":
         fail(f"--parallel-decode is a way to predict --mode codes, this is --mode {cfg.mode}")
-    if cfg.mode == "actions" and cfg.null:
-        fail(f"--null {cfg.null} is a control of latents; --mode actions has none")
+    if cfg.null and not labels:
+        fail(f"--null {cfg.null} is a control of latents; --mode {cfg.mode} has none")
     if cfg.shrink and not cfg.random_init:
         fail("--shrink makes a toy of the trunk, which can only be random; give --random-init too")
     tiny = cfg.trunk == "tiny"
@@ -1082,7 +1118,7 @@ def check(cfg: Config):
 def load_stage(cfg: Config, device) -> tuple:
     """-> labeller, trunk, tokenizer; inputs_of(batch) as to_inputs makes them; load(cfg, split,
     batch_size, ...) of a Loader of the pairs that the labeller labels."""
-    labeller = load_labeller(cfg.laq_ckpt if cfg.mode != "actions" else "pooled", device)
+    labeller = load_labeller(cfg.laq_ckpt if needs_labels(cfg) else "pooled", device)
     trunk, tokenizer = load_trunk(cfg)
     freeze(trunk, cfg)
     inputs_of = partial(to_inputs, cfg=cfg, labeller=labeller, trunk=trunk,
@@ -1150,26 +1186,25 @@ def batches_of(cfg: Config, loader, device):
 
 
 def make_model(cfg: Config, trunk: Trunk, labeller, loader, device) -> LatentPolicy:
-    target = make_target(cfg, labeller, loader, device)
-    if cfg.mode != "multitask":
-        return MODES[cfg.mode](cfg, trunk, target).to(device)
-    if not any(plan.entry.action for plan in loader.plans):
-        fail(f"--mode multitask learns the actions of labelled episodes, but no dataset of --mix "
-             f"'{cfg.mix}' has any; give --mode latents")
-    actions = Actions(statistics(loader, "meanstd"), cfg.chunk)
-    return Multitask(cfg, trunk, target, actions).to(device)
+    mode = MODES[cfg.mode]
+    targets = [make_target(what, cfg, labeller, loader, device) for what in mode.needs]
+    return mode(cfg, trunk, *targets)
 
 
 @torch.no_grad()
-def make_target(cfg: Config, labeller, loader, device) -> nn.Module:
-    """What --mode and --targets name, with the units of the loader's first batches."""
-    if cfg.mode == "actions":
-        check_widths(loader)
+def make_target(what: str, cfg: Config, labeller, loader, device) -> nn.Module:
+    """Of what a mode needs, with the units of the loader's first batches."""
+    if what == "actions":
+        if not loader.action_dim:
+            fail(f"--mode {cfg.mode} learns actions, but no dataset of --mix '{cfg.mix}' has any; "
+                 f"give --mode latent_flow")
+        if not needs_labels(cfg):
+            check_widths(loader)
         return Actions(statistics(loader, "meanstd"), cfg.chunk)
     codebook = labeller.codebook                                        # (S, K, D)
     if codebook is not None:                                            # 'pooled' has none
         codebook = codebook.repeat(cfg.latent_chunk, 1, 1)              # for each pair the same
-    if cfg.mode in ("head", "codes"):
+    if what == "codes":
         return OneHot(codebook)
     if cfg.targets == "codes":
         return Codes(codebook)
@@ -1192,10 +1227,10 @@ def check_widths(loader):
 
 
 def flops_a_sample(model: LatentPolicy, loader, inputs_of, device) -> int:
-    """Of forward and backward, without the labeller's."""
+    """Of forward and backward, without the labeller's; of shapes, so that nothing is computed."""
     batch = data_oxe.to_device(next(loader.peek(1)), device, loader.image_size)
-    inputs = inputs_of(batch)
-    two = {name: x[:2] for name, x in inputs.items()}
+    two = {name: x[:2].to("meta") for name, x in inputs_of(batch).items()}
+    model = hollow(model).to("meta")
     return flops_of(model, lambda: model(two)) // 2
 
 
@@ -1863,18 +1898,22 @@ TRUNKS = {"tiny": tiny, "dual-7b": dual_7b}         # a new one is a function; o
 
 def load_trunk(cfg, stage2: str = "") -> tuple[Trunk, object]:
     """--trunk and its tokenizer: tiny and --random-init are random; else weights that are absent
-    are an error. With a folder of vla.py it is the one that was trained."""
+    are an error. With a folder of vla.py it is the one that was trained. Ranks but the first
+    build shapes without values (device meta), which wrap fills: a node has memory for one of
+    them."""
     if cfg.trunk == "tiny" and not stage2 and (cfg.plain_prompt or cfg.text_layers is not None):
         fail("--trunk tiny has no chat and always two layers; leave --plain-prompt and "
              "--text-layers out")
     if cfg.text_layers is not None and cfg.text_layers < 1:
         fail(f"--text-layers {cfg.text_layers} must be at least 1")
-    return TRUNKS.get(cfg.trunk, smolvlm2)(cfg, stage2)
+    rank = int(os.environ.get("RANK", 0))
+    with torch.device("meta") if rank else contextlib.nullcontext():
+        return TRUNKS.get(cfg.trunk, smolvlm2)(cfg, stage2)
 
 
 def pretrained(what: str, kind, name: str, **options):
-    """kind.from_pretrained of transformers; exits where weights are absent or do not fit. Rank 0
-    reads them and sends them to the other processes, whose host memory they never fill."""
+    """kind.from_pretrained of transformers; exits where weights are absent or do not fit. Only rank
+    0 reads them."""
     is_model, rank = issubclass(kind, PreTrainedModel), int(os.environ.get("RANK", 0))
     if not is_model:
         options |= dict(trust_remote_code=False)                # without it, it asks
@@ -1888,25 +1927,19 @@ def pretrained(what: str, kind, name: str, **options):
             if its.split("_")[0] != family:
                 raise ValueError(f"its config says '{its}', not '{family}'")
         if is_model and rank:
-            with torch.device("meta"):
-                model = kind(kind.config_class.from_pretrained(name, **options))
-        else:
-            made = kind.from_pretrained(name, **options)
+            return kind(kind.config_class.from_pretrained(name, **options)).eval()
+        made = kind.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         fail(f"no pretrained {what} at '{name}' ({str(error).splitlines()[0]}); give a Hugging "
              f"Face name that this machine can reach, a folder with config, weights and tokenizer, "
              f"or 'tiny'")
     if not is_model:
         return made
-    if rank:
-        return same_on_all_ranks(model.to_empty(device=find_device())).eval()
     model, info = made
     missing = sorted(info["missing_keys"])
     if missing:
         fail(f"weights of '{name}' lack {len(missing)} tensors of a {what}, the first is "
              f"{missing[0]}")
-    if dist.is_initialized():
-        same_on_all_ranks(model.to(find_device()))
     return model
 
 
@@ -1988,8 +2021,7 @@ def export(model: LatentPolicy, cfg: Config, step: int, tokenizer, labeller: dic
     vlm, tokenizer = model.trunk.vlm, copy.deepcopy(tokenizer)
     if cfg.lora_rank:
         vlm.text_model = vlm.text_model.merge_and_unload()
-    if cfg.mode == "codes":
-        teach_tokens(vlm, tokenizer, model)
+    model.hand_over(vlm, tokenizer)
     vlm.save_pretrained(folder / "trunk")
     tokenizer.save_pretrained(folder / "tokenizer")         # AutoTokenizer would go by the trunk's
     heads = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()
@@ -2003,18 +2035,6 @@ def export(model: LatentPolicy, cfg: Config, step: int, tokenizer, labeller: dic
                 "dtype": "float32", "torch": torch.__version__}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     publish(folder, Path(cfg.out) / "stage2")
-
-
-def teach_tokens(vlm, tokenizer, model: CodeTokens):
-    """<ACTION>, <ACT_i> and </ACTION> join the tokenizer and the language model's input layer."""
-    first = len(tokenizer)
-    codes = [f"<ACT_{i}>" for i in range(model.target.K)]
-    tokenizer.add_tokens(["<ACTION>", *codes, "</ACTION>"], special_tokens=True)
-    words = max(len(vlm.get_input_embeddings().weight), len(tokenizer))
-    vlm.resize_token_embeddings(words, mean_resizing=False)
-    rows = torch.cat([model.trunk.readout[None], model.tokens])
-    embeddings = vlm.get_input_embeddings().weight.data
-    embeddings[first:len(tokenizer)] = rows
 
 
 # ------------------------------------------------------------ plumbing: the same text in each stage
@@ -2137,18 +2157,18 @@ def make_optimizer(cfg, model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
-def wrap(model: nn.Module, cfg) -> nn.Module:
-    """The model as main trains it: its gradients are means over the processes."""
-    train = model
-    if dist.is_initialized() and cfg.parallel == "ddp":
-        train = DDP(model, forward_sync_buffers=False)
-    elif cfg.parallel == "fsdp":
-        same_on_all_ranks(model)
-        shard(model, cfg)
+def wrap(model: nn.Module, cfg, device: torch.device) -> nn.Module:
+    """The model on the device, as main trains it: its gradients are means over the processes."""
+    if cfg.parallel == "fsdp":
+        train = shard(model, cfg, device)
+    else:
+        train = settle(model, device)
+        if dist.is_initialized():
+            train = DDP(model, forward_sync_buffers=False)
     return torch.compile(train) if cfg.compile else train
 
 
-def shard(model: nn.Module, cfg) -> nn.Module:
+def shard(model: nn.Module, cfg, device: torch.device | None = None) -> nn.Module:
     """--parallel fsdp, in place (FSDP2; ZeRO, 1910.02054): of each parameter, its gradient and its
     moments a process holds some rows. A layer's parameters are whole while it runs, in bfloat16
     with that --dtype, and what it computes is computed again for the backward pass; the others are
@@ -2156,26 +2176,57 @@ def shard(model: nn.Module, cfg) -> nn.Module:
     micro-batch: those of whole parameters would not fit. Frozen parameters and LoRA's (peft) are as
     others. A process alone has nothing to share, but computes layers twice all the same.
 
-    model.layers() -> transformer layers; entries: names of the methods beside forward that are
-    called from outside and read parameters. model.hollow is what it was, without values.
+    With a device, layer after layer comes there whole, from rank 0, before it is divided: so a
+    device holds its share and one layer. model.layers() -> transformer layers; entries: names of
+    the methods beside forward that are called from outside and read parameters. model.hollow is
+    what it was, without values.
     """
     if cfg.parallel != "fsdp":
         return model
+    if device:
+        settle(model, device, kinds=("_buffers",))
     model.__dict__["hollow"] = hollow(model)                # no part of it, so in no state_dict
-    for layer in model.layers():
+    parts = [*model.layers(), model]
+    for layer in parts[:-1]:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
                                 preserve_rng_state=False)   # layers draw nothing
-    if not dist.is_initialized():
-        return model
     precision = MixedPrecisionPolicy()
     if cfg.dtype == "bfloat16":                             # between layers all is float32
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
-    for layer in model.layers():
-        fully_shard(layer, mp_policy=precision)
-    fully_shard(model, reshard_after_forward=True)
-    for name in model.entries:
+    for part in parts:
+        if device:
+            settle(part, device)
+        if dist.is_initialized():
+            its = MixedPrecisionPolicy() if part is model else precision
+            fully_shard(part, mp_policy=its, reshard_after_forward=True)
+    for name in model.entries if dist.is_initialized() else ():
         register_fsdp_forward_method(model, name)
     return model
+
+
+@torch.no_grad()
+def settle(model: nn.Module, device: torch.device, kinds=("_buffers", "_parameters")) -> nn.Module:
+    """Brings to the device, in place, what is not sharded, with rank 0's values: that of others
+    may be without any (device meta), as load_trunk leaves it."""
+    settled = {}
+    for table in [getattr(module, kind) for module in model.modules() for kind in kinds]:
+        for name, x in table.items():
+            if x is None or isinstance(x, DTensor):
+                continue
+            if id(x) not in settled:                        # a tied one stays tied
+                settled[id(x)] = from_rank_0(x, device)
+            table[name] = settled[id(x)]
+    return model
+
+
+def from_rank_0(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A parameter or buffer on the device, the same on all ranks."""
+    if x.device != device:
+        values = torch.empty_like(x, device=device) if x.is_meta else x.detach().to(device)
+        x = nn.Parameter(values, x.requires_grad) if isinstance(x, nn.Parameter) else values
+    if dist.is_initialized() and x.numel():
+        dist.broadcast(x.detach(), 0)
+    return x
 
 
 def hollow(model: nn.Module) -> nn.Module:
@@ -2208,15 +2259,6 @@ def divided(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if not isinstance(like, DTensor):
         return x
     return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
-
-
-@torch.no_grad()
-def same_on_all_ranks(model: nn.Module) -> nn.Module:
-    """Rank 0's parameters and buffers, in place."""
-    for x in [*model.parameters(), *model.buffers()] if dist.is_initialized() else ():
-        if x.numel():
-            dist.broadcast(x, 0)
-    return model
 
 
 def clip_gradients(model: nn.Module, most: float) -> torch.Tensor:
@@ -2758,7 +2800,7 @@ def find(cfg: Config) -> tuple[Findings, dict, int]:
     state, device = read_checkpoint(cfg.analyze, "--analyze"), find_device()
     labeller, trunk, _, inputs_of, load = load_stage(cfg, device)
     loaders = evaluation_loaders(cfg, load)
-    model = make_model(cfg, trunk, labeller, loaders["many"], device)
+    model = make_model(cfg, trunk, labeller, loaders["many"], device).to(device)
     model.load_state_dict(state["model"])
 
     print(f"reading and labelling {3 * cfg.eval_batches * 64} pairs ...")

@@ -22,7 +22,7 @@ from test_policy import batch_of, stats_of
 def stage2(tmp_path_factory):
     """What vla.py hands over of an untrained model of each mode, but the trunk: {mode: folder}"""
     folders = {}
-    for mode in ("latents", "head", "actions", "multitask", "codes"):
+    for mode in ("latent_flow", "head", "actions", "multitask", "codes"):
         model, folder = mode_of(mode), tmp_path_factory.mktemp(mode)
         with torch.no_grad():
             for parameter in model.parameters():                        # heads start with zeros
@@ -39,7 +39,7 @@ def stage2(tmp_path_factory):
 def policy_of(head, stage2, device="cpu", **settings):
     """With weights that are not zero, as if it had been trained."""
     torch.manual_seed(0)
-    cfg = finetune.Config(head=head, init=str(stage2["latents"][0]), head_width=64, text_len=16,
+    cfg = finetune.Config(head=head, init=str(stage2["latent_flow"][0]), head_width=64, text_len=16,
                           **settings)
     config = finetune.tiny_config()
     config.vision_config.image_size = 16
@@ -128,7 +128,7 @@ def test_bins_round_less_than_a_hundredth_of_the_range(stage2):
     assert head.center_of(head.bin_of(torch.zeros(1))) == 0             # what never moves
 
 
-@pytest.mark.parametrize("mode", ["latents", "head", "actions", "multitask"])
+@pytest.mark.parametrize("mode", ["latent_flow", "head", "actions", "multitask"])
 def test_stage_2_predicts_in_the_policy_as_it_did(mode, stage2):
     folder, model = stage2[mode]
     with torch.no_grad():

@@ -2,11 +2,13 @@
 import contextlib
 import copy
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from common import OnlyMeta
+from common import TINY, OnlyMeta, metrics, run_here
+from safetensors.torch import load_file
 
 import data_oxe
 import finetune
@@ -14,7 +16,7 @@ import vla
 from test_laq import overfit
 from test_policy import batch_of, stats_of, word_tokenizer
 
-MODES = {"latents": {}, "latents of codes": {"targets": "codes"}, "head": {}, "codes": {},
+MODES = {"latent_flow": {}, "latent_flow of codes": {"targets": "codes"}, "head": {}, "codes": {},
          "parallel": {"mode": "codes", "parallel_decode": True}, "actions": {}, "multitask": {}}
 
 
@@ -35,8 +37,8 @@ def mode_of(name, trunk=None, K=8, **settings):
     cfg = vla.Config(**settings_of(name), head_width=128, **settings)
     trunk = trunk or small_trunk()
     codebook, actions = torch.randn(2, K, 3), vla.Actions(stats_of(), 8)
-    target = {"latents": vla.Vectors(torch.randn(64, 6), codebook),
-              "latents of codes": vla.Codes(codebook), "actions": actions,
+    target = {"latent_flow": vla.Vectors(torch.randn(64, 6), codebook),
+              "latent_flow of codes": vla.Codes(codebook), "actions": actions,
               "multitask": vla.Vectors(torch.randn(64, 6), codebook)}
     target = target.get(name, vla.OneHot(codebook))
     more = [actions] if name == "multitask" else []
@@ -111,7 +113,7 @@ def test_codes_are_text_that_keeps_to_the_grammar(tmp_path):
 
 def test_actions_count_where_there_are_any():
     """multitask: unlabelled samples change latents alone, and labelled ones count as if alone."""
-    model = mode_of("multitask", action_weight=2.0)
+    model, once = (mode_of("multitask", latent_weight=x, action_weight=2 * x) for x in (3.0, 1.0))
     batch = pairs_of(model, 8)
 
     def parts_of(**other):
@@ -123,6 +125,9 @@ def test_actions_count_where_there_are_any():
         assert parts["actions"] == parts_of(actions=changed)["actions"] > 1.0
         assert none["actions"] == 0 and none["flow"] == parts["flow"]
         assert parts_of(actions=batch["actions"] + 9)["actions"] > 10 * parts["actions"]
+        model, triple = once, parts
+        for name, part in parts_of().items():
+            torch.testing.assert_close(triple[name], 3 * part)
 
 
 def test_micro_batches_of_one_sample_give_the_gradient_of_the_whole(monkeypatch):
@@ -161,9 +166,9 @@ def test_a_chunk_of_latents_is_of_consecutive_pairs():
     for i in range(2):
         assert torch.equal(latents[:, i], labeller(frames[:, i:i + 2])[1][:, 0])
     labeller.codebook = torch.randn(2, 8, 3)
-    for mode, targets in (("head", "codes"), ("codes", "codes"), ("latents", "codes")):
+    for mode, targets in (("head", "codes"), ("codes", "codes"), ("latent_flow", "codes")):
         cfg = vla.Config(mode=mode, targets=targets, latent_chunk=2)
-        target = vla.make_target(cfg, labeller, None, None)
+        target = vla.make_target(vla.MODES[mode].needs[0], cfg, labeller, None, None)
         model = vla.MODES[mode](cfg, small_trunk(), target)
         batch = pairs_of(model, 4) | {"codes": torch.randint(0, 8, (4, 4))}
         assert sum(model(batch).values()).isfinite()
@@ -175,7 +180,7 @@ def test_a_chunk_of_latents_is_of_consecutive_pairs():
 
 def test_a_checkpoint_of_another_labeller_is_one_line():
     """Of as many codes, too."""
-    for name in ("codes", "head", "latents", "latents of codes"):
+    for name in ("codes", "head", "latent_flow", "latent_flow of codes"):
         state, model = mode_of(name).state_dict(), mode_of(name)
         model.load_state_dict(state)
         with pytest.raises(SystemExit, match=r"codebook, \(2, 8, 3\), is not .*, \(2, 16, 3\); go"):
@@ -189,29 +194,40 @@ def test_a_checkpoint_of_another_labeller_is_one_line():
         mode_of("actions").load_state_dict(state)
 
 
-@pytest.mark.parametrize("name", MODES)
-def test_a_mode_resumes_exactly(name):
-    """Losses of an unbroken run and of one that goes on from weights and moments are equal."""
-    cfg = vla.Config(steps=6, lr=1e-3, warmup_steps=2)
+class Regression(vla.LatentPolicy):
+    """What a user adds: a class, and its name in MODES."""
 
-    def train(steps, state=None):
-        model, losses = mode_of(name), []
-        optimizer = vla.make_optimizer(cfg, model)
-        if state:
-            model.load_state_dict(state[0])
-            optimizer.load_state_dict(state[1])
-        for step in steps:
-            vla.start_step(cfg, step, optimizer, 0, 1)
-            optimizer.zero_grad()
-            loss = sum(model(batch).values())
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses, (model.state_dict(), optimizer.state_dict())
-    batch = pairs_of(mode_of(name), 4)
-    whole, _ = train(range(6))
-    first, state = train(range(3))
-    assert first + train(range(3, 6), state)[0] == whole and len(set(whole)) == 6
+    def __init__(self, cfg, trunk, target):
+        super().__init__(trunk, target)
+        self.head = torch.nn.Linear(trunk.width, self.width)
+
+    def loss(self, batch, readout):
+        target, _ = self.target(batch)
+        return {"regression": (self.head(readout) - target).square().mean()}
+
+    def expect(self, readout):
+        return readout, self.head(readout)
+
+
+@pytest.mark.parametrize("name", ["own", *(name for name in MODES if " " not in name)])
+def test_a_mode_resumes_exactly(name, noise, stages, tmp_path, monkeypatch):
+    """The script goes on from half-way to the losses and the weights of the unbroken run."""
+    monkeypatch.setitem(vla.MODES, "own", Regression)
+    settings = {"mode": "own"} if name == "own" else settings_of(name)
+    flags = [f"--{key.replace('_', '-')}" for key in settings if settings[key] is True]
+    values = [x for key in settings if settings[key] is not True
+              for x in (f"--{key.replace('_', '-')}", settings[key])]
+    args = ["vla.py", "--data", noise, "--laq-ckpt", stages / "laq/laq.pt2", "--steps", 4, *TINY,
+            "--val-fraction", 0.25, "--keep-every", 2, *flags, *values]
+    run_here(*args, "--out", tmp_path / "whole")
+    (tmp_path / "half").mkdir()
+    shutil.copy(tmp_path / "whole/step_00000002.pt", tmp_path / "half/last.pt")
+    run_here(*args, "--resume", tmp_path / "half/last.pt")
+    whole, half = (metrics(tmp_path / x, "loss")["loss"] for x in ("whole", "half"))
+    assert half == {step: whole[step] for step in (2, 3)} and len(set(whole.values())) == 4
+    for file in "heads.safetensors", "trunk/model.safetensors":
+        mine, its = (load_file(tmp_path / x / "stage2" / file) for x in ("whole", "half"))
+        assert mine.keys() == its.keys() and all(torch.equal(mine[x], its[x]) for x in mine)
 
 
 @pytest.mark.parametrize("name", MODES)

@@ -200,7 +200,8 @@ def at_the_start(data):
     tokens, device = finetune.Tokens(tokenizer, 32), torch.device("cpu")
     train, val = (data_oxe.Loader(cfg, split, 64, 64, horizon_s=0.0, follow=1, chunk=cfg.chunk,
                                   seed=seed) for split, seed in (("train", 0), ("val", 1)))
-    model = finetune.make_model(cfg, trunk, tokens, train, device)
+    model = finetune.make_model(cfg, trunk, train)
+    finetune.start_at_closed_form(model, cfg, tokens, train, device)
     return model, cfg, tokens, val, finetune.Nearest(train, device)
 
 
