@@ -48,7 +48,7 @@ import traceback
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -716,13 +716,14 @@ class Evaluation:
     `_instruction_only`) the prediction where the other input is another sample's.
 
     Called, it gives the mean over datasets and, if there are several, the metrics of each as
-    NAME/metric; `_low`, `_high`: 95% of a bootstrap over episodes; `_trend`: since the last call.
+    NAME/metric. Those that are sums over samples come with `_low` and `_high`, 95% of a bootstrap
+    over episodes, and with `_trend`, the change since the last call, and its own two.
     """
 
     def __init__(self, model: LatentPolicy, cfg: Config, loaders: dict, inputs_of):
         self.collect = partial(collect, model, cfg, inputs_of)
         self.loaders, self.names = loaders, loaders["val"].names
-        self.before = {}                                    # resampled scores
+        self.before = {}                                    # {metric: its draws}
         known = labels_of(model, cfg, inputs_of, loaders["many"])
         present = np.unique(known["dataset"])
         self.baselines = {i: baseline_of(rows_of(known, i)) for i in present}
@@ -732,30 +733,39 @@ class Evaluation:
         val = self.collect(self.loaders["val"], held_out=True)
         probed = ("few", "many") if val["whole"].any() else ()
         fits = {name: self.collect(self.loaders[name]) for name in probed if name in self.loaders}
-        each, draws = {}, {}
+        each = {}
         for i, baseline in self.baselines.items():
-            rows, name = rows_of(val, i), self.names[i]
+            rows = rows_of(val, i)
             if not len(rows["dataset"]):
                 continue
             its_fits = {label: rows_of(fit, i) for label, fit in fits.items()}
-            each[name] = measure(rows, baseline) | action_probes(rows, its_fits)
-            draws[name] = resampled(rows, baseline)
-        metrics = mean_of_datasets(each) | self.intervals(mean_of_datasets(draws))
+            each[self.names[i]] = measure(rows, baseline) | action_probes(rows, its_fits)
+        metrics = self.intervals("", mean_of_datasets(each))
         metrics["loss"] = val["loss"].mean()
         if len(self.names) > 1:
             metrics |= mix_of(val["dataset"], self.names, "mix") | self.mix
             for name, its in each.items():
-                metrics |= {f"{name}/{key}": value for key, value in its.items()}
+                metrics |= self.intervals(f"{name}/", its)
         return metrics
 
-    def intervals(self, draws: dict) -> dict:
-        """draws: of each metric its value in many samples of the episodes."""
-        trend = {f"{name}_trend": draws[name] - self.before[name] for name in self.before}
-        out = {name: change.mean() for name, change in trend.items()}
-        for name, values in {**draws, **trend}.items():
-            low, high = np.quantile(values, [0.025, 0.975])
-            out |= {f"{name}_low": low, f"{name}_high": high}
-        self.before = draws
+    def intervals(self, prefix: str, metrics: dict) -> dict:
+        """Of each metric its value; of what is resampled, but no baseline, interval and trend."""
+        out = {}
+        for name, value in metrics.items():
+            name = f"{prefix}{name}"
+            if np.ndim(value) == 0:
+                out[name] = value
+                continue
+            out[name], draws = value[0], value[1:]
+            if name.endswith(("_mean", "_majority")):
+                continue
+            found = {name: draws}
+            if name in self.before:
+                change = draws - self.before[name]
+                found[f"{name}_trend"], out[f"{name}_trend"] = change, change.mean()
+            self.before[name] = draws
+            for key, values in found.items():
+                out[f"{key}_low"], out[f"{key}_high"] = np.quantile(values, [0.025, 0.975])
         return out
 
 
@@ -826,7 +836,7 @@ def baseline_of(known: dict) -> dict:
 
 
 def measure(val: dict, baseline: dict) -> dict:
-    """All metrics of one dataset's held-out samples but those of actions."""
+    """All metrics of one dataset's held-out samples but those of actions; see resampled."""
     metrics = {"samples": len(val["dataset"]), **errors(val, baseline)}
     if "likeliest" in val:
         metrics |= accuracies(val, baseline) | population(val, baseline)
@@ -834,10 +844,12 @@ def measure(val: dict, baseline: dict) -> dict:
 
 
 def counted(val: dict, name: str) -> dict:
-    """The samples of a metric: where half of the input is another's, those that had another."""
-    if not SWAPPED.get(name):
-        return val
-    return {key: x[val["has_other"]] for key, x in val.items()}
+    """The samples of a metric: those that have a target, and where half of the input is another's,
+    those that had another."""
+    rows = val["weight"].any(1)
+    if SWAPPED.get(name):
+        rows = rows & val["has_other"]
+    return {key: x[rows] for key, x in val.items()}
 
 
 def errors(val: dict, baseline: dict) -> dict:
@@ -846,41 +858,42 @@ def errors(val: dict, baseline: dict) -> dict:
     out = {}
     for name in ("_mean", *SWAPPED):
         rows = counted(val, name)
-        target, weight = rows["target"], rows["weight"]
+        target, weight, episode = (rows[key] for key in ("target", "weight", "episode"))
         if not len(target):
             continue
         mean = np.broadcast_to(baseline["mean"], target.shape)
         guess = rows[f"prediction{name}"] if name in SWAPPED else mean
         error, of_mean = (guess - target) * weight, (mean - target) * weight
-        count = max(weight.sum(), 1e-9)
-        out[f"mse{name}"] = (error ** 2).sum() / count
-        out[f"mae{name}"] = np.abs(error).sum() / count
-        out[f"cosine{name}"] = cosine(guess * weight, target * weight).mean()
+        squared, numbers = (error ** 2).sum(1), weight.sum(1)                       # (M,) each
+        alike = cosine(guess * weight, target * weight)
+        out[f"mse{name}"] = resampled(episode, squared, numbers)
+        out[f"mae{name}"] = resampled(episode, np.abs(error).sum(1), numbers)
+        out[f"cosine{name}"] = resampled(episode, alike)
         if name in SWAPPED:
-            left = (error ** 2).sum() / max((of_mean ** 2).sum(), 1e-12)
+            left = resampled(episode, squared, (of_mean ** 2).sum(1))
             out[f"target_r2{name}"] = 1 - left
     return out
 
 
 def accuracies(val: dict, baseline: dict) -> dict:
     """Is the code among the likeliest one or five? `_majority`: the commonest codes of training."""
-    codes, out = val["codes"], {}                                       # (M, S)
+    out = {}
     for name in (*SWAPPED, "_majority"):
         rows = counted(val, name)
-        if not len(rows["codes"]):
+        codes, episode = rows["codes"], rows["episode"]                             # (M, S)
+        if not len(codes):
             continue
         guess = rows[f"likeliest{name}"] if name in SWAPPED else baseline["majority"]
-        right = guess == rows["codes"][..., None]                       # (M, S, 5)
-        top1 = right[..., 0].mean(0)                                    # (S,)
-        top5 = right.any(-1).mean(0)
-        out |= {f"accuracy{name}": top1.mean(), f"top5{name}": top5.mean()}
-        if name in ("", "_majority"):
-            out |= {f"accuracy_{i}{name}": value for i, value in enumerate(top1)}
-            out |= {f"top5_{i}{name}": value for i, value in enumerate(top5)}
+        right = guess == codes[..., None]                                           # (M, S, 5)
+        for key, each in {"accuracy": right[..., 0], "top5": right.any(-1)}.items():
+            out[f"{key}{name}"] = resampled(episode, each.mean(1))
+            if name in ("", "_majority"):
+                of_position = enumerate(each.mean(0))
+                out |= {f"{key}_{i}{name}": value for i, value in of_position}
     sequences = {"": val["likeliest"][..., 0], "_majority": baseline["sequence"]}
     for name, sequence in sequences.items():
-        right = (sequence == codes).all(1)
-        out[f"accuracy_all_tokens{name}"] = right.mean()
+        right = (sequence == val["codes"]).all(1)
+        out[f"accuracy_all_tokens{name}"] = resampled(val["episode"], right)
     return out
 
 
@@ -910,45 +923,40 @@ def action_probes(val: dict, fits: dict) -> dict:
     out = {}
     for label, fit in fits.items():
         for feature in ("prediction", "readout"):
-            value = action_r2(fit, val, feature)
-            if value is not None:
-                out[f"action_r2_{label}_{feature}"] = value
+            r2 = action_r2(fit, val, feature)
+            if r2 is not None:
+                out[f"action_r2_{label}_{feature}"] = r2
     return out
 
 
 def describe(m: dict, cfg: Config, step: int) -> str:
-    """A line on codes, on vectors, on actions; the verdict, but of an untrained model; of several
-    datasets a table."""
+    """Each metric beside what takes no learning, a line a theme; the verdict, but of an untrained
+    model; of several datasets tables."""
     lines = []
     if "accuracy" in m:
-        lines.append(f"nearest code {describe_score(m, 'accuracy')} | "
-                     f"top-5 {m['top5']:.3f} ({m['top5_majority']:.3f}) | "
-                     f"codes used {m['codes_unique']:.0f} of {m['codes_unique_true']:.0f}")
-    lines.append(f"R2 of the target {describe_score(m, 'target_r2')} | loss {m['loss']:.3f}")
-    few = f"{cfg.episodes_per_task or 2} episodes a task"
-    for name, labels in {"few": few, "many": "many"}.items():
-        if f"action_r2_{name}_readout" in m:
-            prediction, readout = (m[f"action_r2_{name}_{x}"] for x in ("prediction", "readout"))
-            lines.append(f"actions from {labels}: R2 {prediction:.2f} by prediction, "
-                         f"{readout:.2f} by readout")
+        positions = (f"{what} {' '.join(pairs)}" for what, pairs in by_position(m).items())
+        lines += [describe_score(m, "top-1", "accuracy"), describe_score(m, "top-5", "top5"),
+                  wrapped("position", ", ".join(positions)),
+                  f"codes    {m['codes_unique']:.1f} unique (true {m['codes_unique_true']:.1f}), "
+                  f"KL {beside(m, 'code_kl', 'train')}, JS {beside(m, 'code_js', 'train')}"]
+    if "mse" in m:
+        lines += [describe_score(m, "R2", "target_r2"),
+                  f"vectors  MSE {beside(m, 'mse', 'mean')}, MAE {beside(m, 'mae', 'mean')}, "
+                  f"cosine {beside(m, 'cosine', 'mean')}"]
+    few = f"{cfg.episodes_per_task or 2} episodes/task"
+    for name, labels in {"few": few, "many": "many episodes"}.items():
+        key = f"action_r2_{name}"
+        if f"{key}_readout" in m:
+            score = describe_score(m, "actions", f"{key}_prediction")
+            lines.append(f"{score}, readout {m[f'{key}_readout']:.3f} (R2, {labels})")
+    if "mix_unique" in m:
+        lines.append(f"mix      {m['mix_unique']:.0f} datasets, entropy {m['mix_entropy']:.3f} "
+                     f"(train {m['mix_train_unique']:.0f}, {m['mix_train_entropy']:.3f})")
     if step:
-        lines.append(verdict(m)[1])
-    return "\n  ".join([*lines, *table_of(m)])
-
-
-def describe_score(m: dict, name: str) -> str:
-    """A metric, its interval and trend, and what stands beside it."""
-    low, high = m[f"{name}_low"], m[f"{name}_high"]
-    beside = {"image alone": m.get(f"{name}_image_only", math.nan),
-              "instruction alone": m.get(f"{name}_instruction_only", math.nan)}
-    if name == "accuracy":
-        beside = {"majority code": m["accuracy_majority"], **beside}
-    others = ", ".join(f"{what} {value:.3f}" for what, value in beside.items())
-    text = f"{m[name]:.3f} [{low:.3f}, {high:.3f}] ({others})"
-    if f"{name}_trend" in m:
-        trend, low, high = (m[f"{name}_trend{end}"] for end in ("", "_low", "_high"))
-        text += f", {trend:+.3f} [{low:+.3f}, {high:+.3f}] since the last"
-    return text
+        lines.append(wrapped("verdict", verdict(m)[1]))
+    legend = "value [95%], change since the last [95%], what it stands beside"
+    body = textwrap.indent("\n".join([*lines, *tables_of(m)]), "  ")
+    return f"loss {m['loss']:.3f} | {legend}\n{body}"
 
 
 def verdict(m: dict) -> tuple[bool, str]:
@@ -957,7 +965,7 @@ def verdict(m: dict) -> tuple[bool, str]:
     better, worse, what = "accuracy", "accuracy_majority", "majority code"
     if "accuracy" not in m:                                             # of errors less is better
         better, worse, what = "mse_mean", "mse", "mean vector"
-    judged = [x for x in datasets_of(m) if m[f"{x}samples"] >= FEWEST]
+    judged = [x for x in datasets_of(m) if x + better in m and m[f"{x}samples"] >= FEWEST]
     bad = [x for x in judged if m[x + better] < m[x + worse]]
     if not judged:
         return True, f"no verdict: no dataset has {FEWEST} held-out samples (--eval-batches)"
@@ -976,8 +984,9 @@ def verdict(m: dict) -> tuple[bool, str]:
 def report_card(first: dict, last: dict, cfg: Config) -> str:
     """Whether this stage taught something, one check a line with its figures. first: of the
     untrained model; {} where nothing tells it."""
+    r2 = last.get("target_r2", math.nan)                    # no action of held-out episodes
     checks = [verdict(last),
-              (last["target_r2"] > 0.02, f"R2 of the target {last['target_r2']:.2f} (above .02)")]
+              (r2 > 0.02, f"R2 of the target {r2:.2f} (above .02)")]
     if "accuracy" in last:
         mine, majority = last["accuracy"], last["accuracy_majority"]
         other = last.get("accuracy_instruction_only", math.nan)
@@ -1290,9 +1299,9 @@ def divergences(count: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.nda
 FEWEST = 16                                 # samples of a dataset of which something can be said
 
 
-def action_r2(fit: dict, val: dict, feature: str) -> float | None:
-    """Held-out R2 of action chunks read from a feature; None without labelled rows of two
-    episodes."""
+def action_r2(fit: dict, val: dict, feature: str) -> np.ndarray | None:
+    """Held-out R2 of action chunks read from a feature, resampled; None without labelled rows of
+    two episodes."""
     known, asked = fit["whole"], val["whole"]
     episode = fit["episode"][known]
     if min(known.sum(), asked.sum()) < FEWEST or len(np.unique(episode)) < 2:
@@ -1300,8 +1309,10 @@ def action_r2(fit: dict, val: dict, feature: str) -> float | None:
     x, y = (torch.from_numpy(fit[name][known]) for name in (feature, "actions"))
     x_val, y_val = (torch.from_numpy(val[name][asked]) for name in (feature, "actions"))
     probe = KernelRidge([x], y, episode)
-    prediction = probe([x_val])
-    return r2_of_all(prediction, y_val, y.std(0).clamp(min=1e-3))
+    unit = y.std(0).clamp(min=1e-3)
+    left, whole = (((guess - y_val) / unit).square().sum(1).numpy()     # (M,)
+                   for guess in (probe([x_val]), y_val.mean(0)))
+    return 1 - resampled(val["episode"][asked], left, whole)
 
 
 class KernelRidge:
@@ -1355,33 +1366,23 @@ class KernelRidge:
         return self.mean + self.kernel(features) @ self.weights
 
 
-def r2_of_all(prediction, y, unit) -> float:
-    """Explained share of the variance of y (M, m), its columns in their units (m,)."""
-    left = ((prediction - y) / unit).square().sum()
-    whole = ((y - y.mean(0)) / unit).square().sum()
-    return 1 - (left / whole).item()
-
-
-def resampled(val: dict, baseline: dict, draws: int = 1000) -> dict:
-    """{metric: (draws,)} on as many samples of the held-out episodes, with replacement: always the
-    same ones, so that two evaluations can be compared draw by draw."""
-    _, episode = np.unique(val["episode"], return_inverse=True)
-    n = episode.max() + 1
-    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)       # (draws, n)
+def resampled(episode: np.ndarray, part: np.ndarray, whole=1.0) -> np.ndarray:
+    """A metric that is the sum of part (M,) over that of whole (M,), or the mean of part: of all
+    samples, then of draws of their episodes. (1 + draws,)"""
+    _, episode = np.unique(episode, return_inverse=True)
+    times = drawn_times(episode.max() + 1)
 
     def total(x):
-        return times @ np.bincount(episode, x, n)                       # (M,) -> (draws,)
+        return times @ np.bincount(episode, np.broadcast_to(x, len(episode)))
+    return total(part) / total(whole).clip(1e-12)
 
-    def total_error(guess):
-        error = (guess - val["target"]) * val["weight"]                 # (M, N)
-        return total((error ** 2).sum(1))
-    left = total_error(val["prediction"]) / total_error(baseline["mean"]).clip(1e-12)
-    out = {"target_r2": 1 - left}
-    if "likeliest" in val:
-        right = val["likeliest"][..., 0] == val["codes"]                # (M, S)
-        samples = total(np.ones(len(right)))
-        out["accuracy"] = total(right.mean(1)) / samples
-    return out
+
+@cache
+def drawn_times(n: int, draws: int = 1000) -> np.ndarray:
+    """How often each of n episodes counts, (1 + draws, n): once, then as drawn n times with
+    replacement; always the same, so that two evaluations can be compared draw by draw."""
+    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)
+    return np.concatenate([np.ones((1, n)), times])
 
 
 def validations_of(folder) -> dict[int, dict]:
@@ -1418,28 +1419,97 @@ def mix_of(dataset: np.ndarray, names, key: str) -> dict:
 
 def datasets_of(m: dict) -> list[str]:
     """Prefixes of the metrics of each dataset; one that is empty, where there is one dataset."""
-    return [key.removesuffix("mse_mean") for key in m if key.endswith("/mse_mean")] or [""]
+    return [key.removesuffix("samples") for key in m if key.endswith("/samples")] or [""]
 
 
-COLUMNS = {"mix": "share", "accuracy": "top-1", "accuracy_majority": "majority",
-           "accuracy_image_only": "image", "accuracy_instruction_only": "instruction",
-           "target_r2": "R2", "samples": "samples"}
+def describe_score(m: dict, label: str, name: str) -> str:
+    """A metric, its interval, its trend and what stands beside it."""
+    text = f"{label:8} {m[name]:.3f} [{m[f'{name}_low']:.3f}, {m[f'{name}_high']:.3f}]"
+    if f"{name}_trend" in m:
+        change, low, high = (m[f"{name}_trend{end}"] for end in ("", "_low", "_high"))
+        text += f" {change:+.3f} [{low:+.3f}, {high:+.3f}]"
+    others = {"majority": "majority", "image_only": "image", "instruction_only": "instr."}
+    its = [f"{label} {m[f'{name}_{other}']:.3f}" for other, label in others.items()
+           if f"{name}_{other}" in m]
+    return ", ".join([text, *its])
 
 
-def table_of(m: dict) -> list[str]:
-    """A line a dataset, where there are several."""
-    prefixes = datasets_of(m)
-    keys = [key for key in COLUMNS if any(f"{prefix}{key}" in m for prefix in prefixes)]
+def beside(m: dict, name: str, other: str) -> str:
+    """A metric and its baseline."""
+    return f"{m[name]:.3f} ({other} {m[f'{name}_{other}']:.3f})"
+
+
+def by_position(m: dict, prefix: str = "") -> dict[str, list[str]]:
+    """What is compared -> of each position both numbers."""
+    positions = [*itertools.takewhile(lambda i: f"{prefix}top5_{i}" in m, itertools.count())]
+
+    def pairs(name, other, form):
+        keys = [f"{prefix}{name}_{i}" for i in positions]
+        both = (f"{m[key]:{form}}/{m[f'{key}_{other}']:{form}}" for key in keys)
+        return [pair.replace("%", "") for pair in both]
+    return {"top-1/majority %": pairs("accuracy", "majority", ".0%"),
+            "top-5/majority %": pairs("top5", "majority", ".0%"),
+            "entropy/true": pairs("code_entropy", "true", ".1f")}
+
+
+def wrapped(label: str, text: str, width: int = 9) -> str:
+    """For a terminal of 100 columns, less the indent of describe."""
+    return textwrap.fill(f"{label:{width}}{text}", 98, subsequent_indent=" " * width)
+
+
+# of each dataset, headed by what they stand for: 14 columns for its name, 7 for a metric
+TABLES = {
+    "codes": {
+        "accuracy": "top-1", "accuracy_low": "low", "accuracy_high": "high",
+        "accuracy_trend": "change", "accuracy_majority": "major.", "accuracy_image_only": "image",
+        "accuracy_instruction_only": "instr.", "top5": "top-5", "top5_majority": "major.",
+        "codes_unique": "unique", "codes_unique_true": "true"},
+    "vectors": {
+        "mse": "MSE", "mse_mean": "mean", "mae": "MAE", "mae_mean": "mean", "cosine": "cosine",
+        "cosine_mean": "mean", "target_r2": "R2", "target_r2_low": "low", "target_r2_high": "high",
+        "target_r2_trend": "change", "target_r2_image_only": "image",
+        "target_r2_instruction_only": "instr."},
+    "population": {
+        "code_kl": "KL", "code_kl_train": "train", "code_js": "JS", "code_js_train": "train",
+        "samples": "n", "mix": "share", "mix_train": "train",
+        "action_r2_few_prediction": "few R2", "action_r2_few_readout": "read.",
+        "action_r2_many_prediction": "all R2", "action_r2_many_readout": "read."}}
+
+
+def tables_of(m: dict) -> list[str]:
+    """Lines of tables with a line a dataset, where there are several."""
+    prefixes, lines = datasets_of(m), []
     if prefixes == [""]:
         return []
-    width = max(map(len, prefixes))
-    digits = {key: 0 if key == "samples" else 3 for key in keys}
-    lines = [[" " * width, *(f"{COLUMNS[key]:>11}" for key in keys)]]
-    for prefix in prefixes:
-        name = prefix[:-1].ljust(width)
-        values = [f"{m.get(prefix + key, math.nan):11.{digits[key]}f}" for key in keys]
-        lines.append([name, *values])
-    return ["".join(line) for line in lines]
+    for title, columns in TABLES.items():
+        keys = [key for key in columns if any(f"{prefix}{key}" in m for prefix in prefixes)]
+        if not keys:
+            continue
+        head = "".join(f"{columns[key]:>7}" for key in keys)
+        lines += ["", f"{title:14}{head}"]
+        for prefix in prefixes:
+            cells = "".join(number(m.get(f"{prefix}{key}")) for key in keys)
+            lines.append(f"{shortened(prefix):14}{cells}")
+    if "accuracy" in m:
+        lines += ["", wrapped("by position", " | ".join(by_position(m)), 15)]
+        for prefix in prefixes:
+            cells = (" ".join(f"{pair:>5}" for pair in pairs).ljust(len(what))
+                     for what, pairs in by_position(m, prefix).items())
+            lines.append(wrapped(shortened(prefix), " | ".join(cells), 15))
+    return lines
+
+
+def shortened(prefix: str) -> str:
+    """A dataset's name in 14 columns: both ends tell it from others, which a test holds."""
+    name = prefix.removesuffix("/").removesuffix(data_oxe.RLDS)
+    return f"{name[:10]}…{name[-3:]}" if len(name) > 14 else name
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return f"{'-':>7}"
+    digits = 0 if isinstance(value, int) or abs(value) >= 10 else 3
+    return f"{value:7.{digits}f}"
 
 
 # ------------------------------------------------------------ hand-over files
@@ -2707,11 +2777,20 @@ def analyze(cfg: Config) -> int:
         save_numbers(png.with_suffix(".json"), numbers)
         encoded = base64.b64encode(png.read_bytes()).decode()
         page.append(f'<h2>{plot.__doc__}</h2><img src="data:image/png;base64,{encoded}">')
-    cells = [f"<tr><td>{html.escape(name)}<td>{value:.3f}" for name, value in metrics.items()]
-    page.append(f"<h2>Metrics on held-out episodes</h2><table>{''.join(cells)}</table>")
+    page.append(f"<h2>Metrics on held-out episodes</h2><table>{rows_of_html(metrics)}</table>")
     (folder / "report.html").write_text("\n".join(page))
     print(f"{description}\nreport: {folder}/report.html")
     return 0
+
+
+def rows_of_html(m: dict) -> str:
+    """A row a metric; the first column is of all datasets, more are of each."""
+    prefixes = list(dict.fromkeys(["", *datasets_of(m)]))
+    rows = [["", *(prefix.removesuffix("/") for prefix in prefixes)]]
+    for name in dict.fromkeys(key.rpartition("/")[2] for key in m):
+        values = (m.get(f"{prefix}{name}") for prefix in prefixes)
+        rows.append([name, *("" if value is None else f"{value:.3f}" for value in values)])
+    return "".join("<tr><td>" + "<td>".join(map(html.escape, row)) for row in rows)
 
 
 def save_numbers(path: Path, content):

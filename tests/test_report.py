@@ -12,6 +12,7 @@ import tyro
 from common import ENV, ROOT, TINY, OnlyMeta, metrics
 from test_laq import loader_of, model_of
 
+import data_oxe
 import laq
 import vla
 
@@ -37,11 +38,16 @@ def five(*first):
     return [*first, *(code for code in range(WIDTH) if code not in first)][:5]
 
 
+def measure(val, baseline):
+    """Values alone."""
+    return {name: x[0] if np.ndim(x) else x for name, x in vla.measure(val, baseline).items()}
+
+
 # ------------------------------------------------------------ metrics
 def test_metrics_of_four_samples_are_those_counted_by_hand():
     known = samples_of([[3]] * 5 + [[1]] * 3 + [[0], [2], [4], [5]], [[five(3)]] * 12)
     val = samples_of([[0], [1], [1], [3]], [[five(0)], [five(1)], [five(2)], [five(4, 5, 0, 1, 2)]])
-    m = vla.measure(val, vla.baseline_of(known))
+    m = measure(val, vla.baseline_of(known))
     assert m["accuracy"] == m["accuracy_0"] == 0.5 and m["top5"] == 0.75
     assert m["accuracy_majority"] == 0.25, "training's commonest code, not validation's"
     assert m["top5_majority"] == 1 and m["accuracy_all_tokens_majority"] == 0.25
@@ -59,12 +65,12 @@ def test_a_sample_without_another_says_nothing_of_half_the_input():
     val = samples_of([[0], [1], [1], [3]], [[five(0)], [five(1)], [five(2)], [five(4)]])
     baseline = vla.baseline_of(val)
     val["has_other"][:2] = False                            # of these both halves were their own
-    m = vla.measure(val, baseline)
+    m = measure(val, baseline)
     assert m["accuracy"] == 0.5 and m["accuracy_image_only"] == 0
     assert m["mse"] == pytest.approx(4 / (4 * WIDTH)) and m["target_r2_image_only"] < 0
     assert m["mse_instruction_only"] == pytest.approx(4 / (2 * WIDTH))
     val["has_other"][:] = False
-    m = vla.measure(val, baseline)
+    m = measure(val, baseline)
     assert not [name for name in m if "only" in name] and m["accuracy"] == 0.5
 
 
@@ -82,10 +88,15 @@ def test_actions_past_the_end_count_for_nothing():
     val = samples_of([[0], [1]], [[five(0)], [five(1)]])
     baseline = vla.baseline_of(val)
     val["weight"][:, 3:], val["prediction"][:, 3:] = 0, 99.0
-    m = vla.measure(val, baseline)
+    m = measure(val, baseline)
     assert m["mse"] == 0 and m["cosine"] == pytest.approx(1)
-    val["weight"], baseline = np.zeros_like(val["weight"]) + 1, vla.baseline_of(val)
-    assert vla.resampled(val, baseline)["target_r2"].max() < 0
+    val["weight"] = np.ones_like(val["weight"])
+    assert vla.measure(val, vla.baseline_of(val))["target_r2"].max() < 0
+    val["weight"][0] = 0                                    # no actions at all
+    assert measure(val, baseline)["cosine"] == pytest.approx(vla.cosine(
+        val["prediction"], val["target"])[1]), "of the sample that has some"
+    val["weight"][:] = 0
+    assert not {"mse", "target_r2"} & measure(val, baseline).keys(), "not perfect: nothing to judge"
 
 
 def test_a_dataset_without_a_baseline_or_samples_is_left_out():
@@ -116,13 +127,38 @@ def test_the_bootstrap_draws_episodes_and_always_the_same():
         guess = np.where(episode[:, None] % 2, codes, (codes + 1) % WIDTH)          # odd: right
         val = samples_of(codes, np.array([[five(x)] for x in guess[:, 0]]))
         val["episode"] = episode
-        draws = vla.resampled(val, vla.baseline_of(val))
-        again = vla.resampled(val, vla.baseline_of(val))
-        assert all((draws[name] == again[name]).all() for name in draws)
-        assert draws["accuracy"].mean() == pytest.approx(0.5, abs=0.03)
-        spread[episodes] = draws["accuracy"].std()
+        found = vla.measure(val, vla.baseline_of(val))
+        again = vla.measure(val, vla.baseline_of(val))
+        assert all(np.array_equal(found[name], again[name]) for name in found)
+        value, draws = found["accuracy"][0], found["accuracy"][1:]
+        assert value == 0.5 and draws.mean() == pytest.approx(0.5, abs=0.03)
+        spread[episodes] = draws.std()
+        drawn = {name for name, x in found.items() if np.ndim(x)}
+        assert {"top5", "mse", "mae", "cosine", "accuracy_image_only", "target_r2"} < drawn
     assert spread[4] == pytest.approx(0.25, abs=0.03)
     assert spread[100] == pytest.approx(0.05, abs=0.01)
+
+
+def test_actions_are_read_by_one_probe_on_draws_of_the_episodes_that_have_them():
+    """Of episodes 0 to 7, the last four unlabelled; in two the actions are told by the feature."""
+    rng = np.random.default_rng(0)
+    fit, val = ({"readout": rng.standard_normal((160, 3)), "episode": np.arange(160) // 20,
+                 "whole": np.arange(160) < 80} for _ in range(2))
+    for samples in (fit, val):
+        told = samples["readout"] @ np.arange(6).reshape(3, 2)
+        samples["actions"] = told.astype(np.float32)
+    noise = rng.standard_normal(val["actions"].shape)
+    val["actions"] = np.where(val["episode"][:, None] < 2, val["actions"], noise)
+    r2 = vla.action_r2(fit, val, "readout")
+    assert r2.shape == (1001,) and r2[1:].min() < 0 < 0.9 < r2[1:].max(), "of two told, or of none"
+    known, y = fit["whole"], torch.from_numpy(val["actions"][:80])
+    probe = vla.KernelRidge([torch.from_numpy(fit["readout"][known])],
+                            torch.from_numpy(fit["actions"][known]), fit["episode"][known])
+    unit = torch.from_numpy(fit["actions"][known]).std(0)
+    left = (probe([torch.from_numpy(val["readout"][:80])]) - y) / unit
+    whole = (y - y.mean(0)) / unit
+    assert r2[0] == pytest.approx(1 - (left.square().sum() / whole.square().sum()).item())
+    assert vla.action_r2(fit, val | {"whole": np.zeros(160, bool)}, "readout") is None
 
 
 class TextOnly(torch.nn.Module):
@@ -196,11 +232,28 @@ def test_a_model_that_ignores_the_picture_is_found_out():
     rare = m | {"untold/samples": 3, "unseen/mix": 0.0}
     assert vla.verdict(rare)[1] == ("no worse than the majority code on any of 1 datasets; 2 have "
                                     "too few samples to be judged (--eval-batches)")
-    assert len(vla.table_of(m)) == 3 and vla.table_of(m)[2].startswith("untold")
+    lines = vla.tables_of(m)
+    starts = [line.split()[0] for line in lines if line]
+    titles = "codes", "vectors", "population", "by"
+    assert starts == [x for title in titles for x in (title, "told", "untold")]
+    assert lines[3].split()[1:4] == ["0.000"] * 3, "top-1 of what no model could tell"
+    assert "accuracy_majority_low" not in m and m["told/accuracy_low"] == 1
+    assert m["told/mse_low"] == 0 < m["untold/mse_low"] <= m["untold/mse"] <= m["untold/mse_high"]
+    evaluate.before["told/accuracy"] = evaluate.before["told/accuracy"] - 0.25
     again = evaluate()
     assert again["accuracy_trend"] == again["accuracy_trend_low"] == 0
+    assert again["told/accuracy_trend"] == again["told/accuracy_trend_high"] == 0.25
+    table = vla.rows_of_html(again)
+    assert "<td><td><td>told<td>untold<tr>" in table
+    assert "<td>accuracy<td>0.500<td>1.000<td>0.000<tr>" in table
+    assert max(map(len, vla.describe(again, cfg, 9).splitlines())) <= 100
     assert text not in vla.describe(again, cfg, 0), "before it has learned"
     assert text in vla.describe(m, cfg, 9), "also of a first validation: of a checkpoint"
+
+
+def test_a_name_in_a_table_is_that_of_one_dataset():
+    names = {vla.shortened(f"{name}/") for name in data_oxe.REGISTRY}
+    assert len(names) == len(data_oxe.REGISTRY) and max(map(len, names)) <= 14
 
 
 # ------------------------------------------------------------ the decoder and the analysis
