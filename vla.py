@@ -749,7 +749,8 @@ class Evaluation:
         return metrics
 
     def intervals(self, prefix: str, metrics: dict) -> dict:
-        """Of each metric its value; of what is resampled, but no baseline, interval and trend."""
+        """Of each metric its value; of what is resampled, but no baseline or ablation, interval and
+        trend."""
         out = {}
         for name, value in metrics.items():
             name = f"{prefix}{name}"
@@ -757,7 +758,7 @@ class Evaluation:
                 out[name] = value
                 continue
             out[name], draws = value[0], value[1:]
-            if name.endswith(("_mean", "_majority")):
+            if name.endswith(("_mean", "_majority", "_only")):
                 continue
             found = {name: draws}
             if name in self.before:
@@ -937,20 +938,20 @@ def describe(m: dict, cfg: Config, step: int) -> str:
         positions = (f"{what} {' '.join(pairs)}" for what, pairs in by_position(m).items())
         lines += [describe_score(m, "top-1", "accuracy"), describe_score(m, "top-5", "top5"),
                   wrapped("position", ", ".join(positions)),
-                  f"codes    {m['codes_unique']:.1f} unique (true {m['codes_unique_true']:.1f}), "
+                  f"codes     {m['codes_unique']:.1f} unique (true {m['codes_unique_true']:.1f}), "
                   f"KL {beside(m, 'code_kl', 'train')}, JS {beside(m, 'code_js', 'train')}"]
     if "mse" in m:
-        lines += [describe_score(m, "R2", "target_r2"),
-                  f"vectors  MSE {beside(m, 'mse', 'mean')}, MAE {beside(m, 'mae', 'mean')}, "
+        lines += [describe_score(m, "target R2", "target_r2"),
+                  f"vectors   MSE {beside(m, 'mse', 'mean')}, MAE {beside(m, 'mae', 'mean')}, "
                   f"cosine {beside(m, 'cosine', 'mean')}"]
-    few = f"{cfg.episodes_per_task or 2} episodes/task"
+    few = f"{cfg.episodes_per_task or 2} episodes a task"
     for name, labels in {"few": few, "many": "many episodes"}.items():
         key = f"action_r2_{name}"
         if f"{key}_readout" in m:
-            score = describe_score(m, "actions", f"{key}_prediction")
-            lines.append(f"{score}, readout {m[f'{key}_readout']:.3f} (R2, {labels})")
+            score = describe_score(m, "action R2", f"{key}_prediction")
+            lines.append(f"{score}, readout {m[f'{key}_readout']:.3f} (from {labels})")
     if "mix_unique" in m:
-        lines.append(f"mix      {m['mix_unique']:.0f} datasets, entropy {m['mix_entropy']:.3f} "
+        lines.append(f"mix       {m['mix_unique']:.0f} datasets, entropy {m['mix_entropy']:.3f} "
                      f"(train {m['mix_train_unique']:.0f}, {m['mix_train_entropy']:.3f})")
     if step:
         lines.append(wrapped("verdict", verdict(m)[1]))
@@ -1424,7 +1425,7 @@ def datasets_of(m: dict) -> list[str]:
 
 def describe_score(m: dict, label: str, name: str) -> str:
     """A metric, its interval, its trend and what stands beside it."""
-    text = f"{label:8} {m[name]:.3f} [{m[f'{name}_low']:.3f}, {m[f'{name}_high']:.3f}]"
+    text = f"{label:9} {m[name]:.3f} [{m[f'{name}_low']:.3f}, {m[f'{name}_high']:.3f}]"
     if f"{name}_trend" in m:
         change, low, high = (m[f"{name}_trend{end}"] for end in ("", "_low", "_high"))
         text += f" {change:+.3f} [{low:+.3f}, {high:+.3f}]"
@@ -1452,7 +1453,7 @@ def by_position(m: dict, prefix: str = "") -> dict[str, list[str]]:
             "entropy/true": pairs("code_entropy", "true", ".1f")}
 
 
-def wrapped(label: str, text: str, width: int = 9) -> str:
+def wrapped(label: str, text: str, width: int = 10) -> str:
     """For a terminal of 100 columns, less the indent of describe."""
     return textwrap.fill(f"{label:{width}}{text}", 98, subsequent_indent=" " * width)
 
