@@ -717,7 +717,8 @@ class Evaluation:
 
     Called, it gives the mean over datasets and, if there are several, the metrics of each as
     NAME/metric. Those that are sums over samples come with `_low` and `_high`, 95% of a bootstrap
-    over episodes, and with `_trend`, the change since the last call, and its own two.
+    over episodes (of five, FEW_EPISODES, or more), and with `_trend`, the change since the last
+    call, and its own two.
     """
 
     def __init__(self, model: LatentPolicy, cfg: Config, loaders: dict, inputs_of):
@@ -740,7 +741,8 @@ class Evaluation:
                 continue
             its_fits = {label: rows_of(fit, i) for label, fit in fits.items()}
             each[self.names[i]] = measure(rows, baseline) | action_probes(rows, its_fits)
-        metrics = self.intervals("", mean_of_datasets(each))
+        counts = {key: sum(its[key] for its in each.values()) for key in ("samples", "episodes")}
+        metrics = self.intervals("", mean_of_datasets(each) | counts)
         metrics["loss"] = val["loss"].mean()
         if len(self.names) > 1:
             metrics |= mix_of(val["dataset"], self.names, "mix") | self.mix
@@ -758,7 +760,8 @@ class Evaluation:
                 out[name] = value
                 continue
             out[name], draws = value[0], value[1:]
-            if name.endswith(("_mean", "_majority", "_only")):
+            beside = name.endswith(("_mean", "_majority", "_only"))
+            if beside or metrics["episodes"] < FEW_EPISODES:
                 continue
             found = {name: draws}
             if name in self.before:
@@ -775,16 +778,15 @@ def collect(model: LatentPolicy, cfg: Config, inputs_of, loader, held_out: bool 
     """Of a loader's first batches, arrays of M rows: readout (M, W), prediction (M, N), actions
     (M, C*A), `whole`: none of these is past the end; of held-out ones also what judge() gives and
     `has_other`: another sample's half of the input was there for it."""
-    rows, device = [], next(model.parameters()).device
+    rows, device, others = [], next(model.parameters()).device, Others()
     model.eval()
     for i, batch in enumerate(loader.peek(cfg.eval_batches)):
         torch.manual_seed(i)
         tensors = data_oxe.to_device(batch, device, loader.image_size)
         inputs = inputs_of(tensors, labelled=held_out)
         if held_out:
-            other = another_of_its_dataset(batch["dataset"])
-            row = judge(model, inputs, torch.from_numpy(other).to(device))
-            row["has_other"] = torch.from_numpy(other != np.arange(len(other)))
+            swapped, has_other = others(inputs, batch["dataset"])
+            row = judge(model, inputs, swapped) | {"has_other": torch.from_numpy(has_other)}
         else:
             readout, prediction = model.predict(inputs)
             row = {"readout": readout, "prediction": prediction}
@@ -801,17 +803,41 @@ def collect(model: LatentPolicy, cfg: Config, inputs_of, loader, held_out: bool 
 SWAPPED = {"": (), "_image_only": ("ids", "mask"), "_instruction_only": ("images",)}
 
 
-def judge(model: LatentPolicy, inputs: dict, other) -> dict:
+class Others:
+    """others(inputs, dataset (B,)) -> of each sample the picture and the instruction of another one
+    of its dataset; whether there was one (B,). Of each dataset one sample is kept for the batches
+    to come, where it may have only one."""
+
+    def __init__(self):
+        self.dataset, self.kept = np.zeros(0, int), {}
+
+    def __call__(self, inputs: dict, dataset: np.ndarray) -> tuple[dict, np.ndarray]:
+        B, every = len(dataset), np.concatenate([dataset, self.dataset])
+        other = np.arange(len(every))
+        for i in np.unique(dataset):
+            rows = np.flatnonzero(every == i)
+            other[rows] = np.roll(rows, 1)
+        other = other[:B]
+        self.dataset, last = np.unique(every, return_index=True)
+        swapped = {}
+        for key in ("images", "ids", "mask"):
+            x = inputs[key]
+            if key in self.kept:
+                x = torch.cat([x, self.kept[key]])
+            self.kept[key], swapped[key] = x[last], x[other]
+        return swapped, other != np.arange(B)
+
+
+def judge(model: LatentPolicy, inputs: dict, others: dict) -> dict:
     """Loss, target and weight (B, N), readout, codes (B, S) and, of the whole input and of each
-    half alone, the prediction and its likeliest codes (B, S, 5). other (B,): for each sample
-    another one of its dataset, where there is one."""
+    half alone, the prediction and its likeliest codes (B, S, 5)."""
     target, weight = model.target(inputs)
     parts, readout, prediction = model.judge(inputs)
     loss = sum(parts.values()).expand(len(target))
     row = {"target": target, "weight": weight, "loss": loss, "readout": readout}
     for name, swapped in SWAPPED.items():
         if swapped:
-            shown = inputs | {key: inputs[key][other] for key in swapped}
+            shown = inputs | {key: others[key] for key in swapped}
             _, prediction = model.predict(shown)
         row[f"prediction{name}"] = prediction
         scores = model.code_scores(prediction)                          # (B, S, K)
@@ -837,64 +863,53 @@ def baseline_of(known: dict) -> dict:
 
 
 def measure(val: dict, baseline: dict) -> dict:
-    """All metrics of one dataset's held-out samples but those of actions; see resampled."""
-    metrics = {"samples": len(val["dataset"]), **errors(val, baseline)}
+    """All metrics of one dataset's held-out samples but those of actions; see resampled. All are of
+    the same samples: those that have a target, and another one to swap halves with."""
+    counted = val["weight"].any(1) & val["has_other"]
+    val = {key: x[counted] for key, x in val.items()}
+    metrics = {"samples": counted.sum(), "episodes": len(np.unique(val["episode"]))}
+    if not counted.any():
+        return metrics
+    metrics |= errors(val, baseline)
     if "likeliest" in val:
         metrics |= accuracies(val, baseline) | population(val, baseline)
     return metrics
 
 
-def counted(val: dict, name: str) -> dict:
-    """The samples of a metric: those that have a target, and where half of the input is another's,
-    those that had another."""
-    rows = val["weight"].any(1)
-    if SWAPPED.get(name):
-        rows = rows & val["has_other"]
-    return {key: x[rows] for key, x in val.items()}
-
-
 def errors(val: dict, baseline: dict) -> dict:
     """Squared and absolute error and cosine of predicted vectors, beside those of the mean vector
     of training; target_r2: the share of that one's squared error which is explained."""
-    out = {}
+    out, target, weight = {}, val["target"], val["weight"]
+    mean = np.broadcast_to(baseline["mean"], target.shape)
+    of_mean = (((mean - target) * weight) ** 2).sum(1)
     for name in ("_mean", *SWAPPED):
-        rows = counted(val, name)
-        target, weight, episode = (rows[key] for key in ("target", "weight", "episode"))
-        if not len(target):
-            continue
-        mean = np.broadcast_to(baseline["mean"], target.shape)
-        guess = rows[f"prediction{name}"] if name in SWAPPED else mean
-        error, of_mean = (guess - target) * weight, (mean - target) * weight
+        guess = val[f"prediction{name}"] if name in SWAPPED else mean
+        error = (guess - target) * weight
         squared, numbers = (error ** 2).sum(1), weight.sum(1)                       # (M,) each
         alike = cosine(guess * weight, target * weight)
-        out[f"mse{name}"] = resampled(episode, squared, numbers)
-        out[f"mae{name}"] = resampled(episode, np.abs(error).sum(1), numbers)
-        out[f"cosine{name}"] = resampled(episode, alike)
+        out[f"mse{name}"] = resampled(val, squared, numbers)
+        out[f"mae{name}"] = resampled(val, np.abs(error).sum(1), numbers)
+        out[f"cosine{name}"] = resampled(val, alike)
         if name in SWAPPED:
-            left = resampled(episode, squared, (of_mean ** 2).sum(1))
-            out[f"target_r2{name}"] = 1 - left
+            out[f"target_r2{name}"] = 1 - resampled(val, squared, of_mean)
     return out
 
 
 def accuracies(val: dict, baseline: dict) -> dict:
     """Is the code among the likeliest one or five? `_majority`: the commonest codes of training."""
-    out = {}
+    out, codes = {}, val["codes"]                                                   # (M, S)
     for name in (*SWAPPED, "_majority"):
-        rows = counted(val, name)
-        codes, episode = rows["codes"], rows["episode"]                             # (M, S)
-        if not len(codes):
-            continue
-        guess = rows[f"likeliest{name}"] if name in SWAPPED else baseline["majority"]
+        guess = val[f"likeliest{name}"] if name in SWAPPED else baseline["majority"]
         right = guess == codes[..., None]                                           # (M, S, 5)
         for key, each in {"accuracy": right[..., 0], "top5": right.any(-1)}.items():
-            out[f"{key}{name}"] = resampled(episode, each.mean(1))
+            out[f"{key}{name}"] = resampled(val, each.mean(1))
             if name in ("", "_majority"):
                 of_position = enumerate(each.mean(0))
                 out |= {f"{key}_{i}{name}": value for i, value in of_position}
     sequences = {"": val["likeliest"][..., 0], "_majority": baseline["sequence"]}
     for name, sequence in sequences.items():
-        right = (sequence == val["codes"]).all(1)
-        out[f"accuracy_all_tokens{name}"] = resampled(val["episode"], right)
+        right = (sequence == codes).all(1)
+        out[f"accuracy_all_tokens{name}"] = resampled(val, right)
     return out
 
 
@@ -942,36 +957,40 @@ def describe(m: dict, cfg: Config, step: int) -> str:
                   f"KL {beside(m, 'code_kl', 'train')}, JS {beside(m, 'code_js', 'train')}"]
     if "mse" in m:
         lines += [describe_score(m, "target R2", "target_r2"),
-                  f"vectors   MSE {beside(m, 'mse', 'mean')}, MAE {beside(m, 'mae', 'mean')}, "
+                  f"target    MSE {beside(m, 'mse', 'mean')}, MAE {beside(m, 'mae', 'mean')}, "
                   f"cosine {beside(m, 'cosine', 'mean')}"]
-    few = f"{cfg.episodes_per_task or 2} episodes a task"
-    for name, labels in {"few": few, "many": "many episodes"}.items():
+    few = f"{cfg.episodes_per_task or 2} a task"
+    for name, labels in {"few": few, "many": "many"}.items():
         key = f"action_r2_{name}"
         if f"{key}_readout" in m:
             score = describe_score(m, "action R2", f"{key}_prediction")
-            lines.append(f"{score}, readout {m[f'{key}_readout']:.3f} (from {labels})")
+            datasets = sum(x.endswith(f"/{key}_readout") for x in m)
+            of = f", {datasets} datasets" if datasets else ""
+            lines.append(f"{score}, readout {m[f'{key}_readout']:.3f} (episodes: {labels}{of})")
     if "mix_unique" in m:
         lines.append(f"mix       {m['mix_unique']:.0f} datasets, entropy {m['mix_entropy']:.3f} "
                      f"(train {m['mix_train_unique']:.0f}, {m['mix_train_entropy']:.3f})")
     if step:
         lines.append(wrapped("verdict", verdict(m)[1]))
-    legend = "value [95%], change since the last [95%], what it stands beside"
-    body = textwrap.indent("\n".join([*lines, *tables_of(m)]), "  ")
-    return f"loss {m['loss']:.3f} | {legend}\n{body}"
+    lines += tables_of(m)
+    legend = "value [95%], change [95%], what it stands beside"
+    body = textwrap.indent("\n".join(lines), "  ")
+    counts = f"{m['samples']} samples, {m['episodes']} episodes"
+    return f"loss {m['loss']:.3f} | {counts} | {legend}\n{body}"
 
 
-def verdict(m: dict) -> tuple[bool, str]:
-    """Are predictions of every dataset better than what takes no learning? Datasets with too few
-    samples are not judged but counted."""
+def verdict(m: dict) -> tuple[bool | None, str]:
+    """Are predictions of every dataset better than what takes no learning? None: of no dataset can
+    it be said. Datasets with too few samples are not judged but counted."""
     better, worse, what = "accuracy", "accuracy_majority", "majority code"
     if "accuracy" not in m:                                             # of errors less is better
-        better, worse, what = "mse_mean", "mse", "mean vector"
+        better, worse, what = "mse_mean", "mse", "mean target"
     judged = [x for x in datasets_of(m) if x + better in m and m[f"{x}samples"] >= FEWEST]
     bad = [x for x in judged if m[x + better] < m[x + worse]]
     if not judged:
-        return True, f"no verdict: no dataset has {FEWEST} held-out samples (--eval-batches)"
+        return None, f"no verdict: no dataset has {FEWEST} held-out samples (--eval-batches)"
     every = sum(name.endswith("/mix") for name in m) or 1               # also those with none
-    rest = f"; {every - len(judged)} have too few samples to be judged (--eval-batches)"
+    rest = f"; {every - len(judged)} cannot be judged, of too few samples held out or in training"
     if every == len(judged):
         rest = ""
     if not bad:
@@ -987,7 +1006,7 @@ def report_card(first: dict, last: dict, cfg: Config) -> str:
     untrained model; {} where nothing tells it."""
     r2 = last.get("target_r2", math.nan)                    # no action of held-out episodes
     checks = [verdict(last),
-              (r2 > 0.02, f"R2 of the target {r2:.2f} (above .02)")]
+              (r2 > 0.02, f"R2 of the target {r2:.3f} (above .02)")]
     if "accuracy" in last:
         mine, majority = last["accuracy"], last["accuracy_majority"]
         other = last.get("accuracy_instruction_only", math.nan)
@@ -998,12 +1017,16 @@ def report_card(first: dict, last: dict, cfg: Config) -> str:
         names = "action_r2_few_readout", "action_r2_few_prediction"
         mine, before = (max(m[name] for name in names) for m in (last, first))
         few = f"{cfg.episodes_per_task or 2} labelled episodes a task"
-        checks.append((mine > before,
+        checks.append((mine > max(before, 0),
                        f"actions from {few}: R2 {mine:.2f} (at the start {before:.2f})"))
-    lines = [f"  {'pass' if good else 'FAIL'}  {what}" for good, what in checks]
-    good = all(good for good, _ in checks)
-    summary = "the trunk learned from the video" if good else "a policy from this trunk may be " \
-        "worse than one without it"
+    marks = {True: "pass", False: "FAIL", None: "  ? "}
+    lines = [f"  {marks[good]}  {what}" for good, what in checks]
+    found = {good for good, _ in checks}
+    summary = "the trunk learned from the video"
+    if None in found:
+        summary = "too few held-out samples to say what the trunk learned"
+    if False in found:
+        summary = "a policy from this trunk may be worse than one without it"
     if cfg.overfit:
         summary = "all of the one batch of --overfit: nothing here is of held-out episodes"
     return "\n".join(["report card", *lines, f"  {summary}"])
@@ -1252,15 +1275,6 @@ def labels_of(model: LatentPolicy, cfg: Config, inputs_of, loader) -> dict:
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
-def another_of_its_dataset(dataset: np.ndarray) -> np.ndarray:
-    """For each of B samples the number of another one of its dataset, where there is one: (B,)"""
-    other = np.arange(len(dataset))
-    for i in np.unique(dataset):
-        rows = np.flatnonzero(dataset == i)
-        other[rows] = np.roll(rows, 1)
-    return other
-
-
 def rows_of(samples: dict, dataset: int) -> dict:
     """Of what collect() gives, one dataset's rows."""
     rows = samples["dataset"] == dataset
@@ -1298,6 +1312,7 @@ def divergences(count: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 FEWEST = 16                                 # samples of a dataset of which something can be said
+FEW_EPISODES = 5                            # fewer say nothing of how much episodes differ
 
 
 def action_r2(fit: dict, val: dict, feature: str) -> np.ndarray | None:
@@ -1313,7 +1328,7 @@ def action_r2(fit: dict, val: dict, feature: str) -> np.ndarray | None:
     unit = y.std(0).clamp(min=1e-3)
     left, whole = (((guess - y_val) / unit).square().sum(1).numpy()     # (M,)
                    for guess in (probe([x_val]), y_val.mean(0)))
-    return 1 - resampled(val["episode"][asked], left, whole)
+    return 1 - resampled({key: val[key][asked] for key in ("dataset", "episode")}, left, whole)
 
 
 class KernelRidge:
@@ -1367,11 +1382,11 @@ class KernelRidge:
         return self.mean + self.kernel(features) @ self.weights
 
 
-def resampled(episode: np.ndarray, part: np.ndarray, whole=1.0) -> np.ndarray:
-    """A metric that is the sum of part (M,) over that of whole (M,), or the mean of part: of all
-    samples, then of draws of their episodes. (1 + draws,)"""
-    _, episode = np.unique(episode, return_inverse=True)
-    times = drawn_times(episode.max() + 1)
+def resampled(rows: dict, part: np.ndarray, whole=1.0) -> np.ndarray:
+    """A metric that is the sum of part (M,) over that of whole (M,), or the mean of part: of a
+    dataset's samples, then of draws of their episodes. (1 + draws,)"""
+    _, episode = np.unique(rows["episode"], return_inverse=True)
+    times = drawn_times(episode.max() + 1, rows["dataset"][0])
 
     def total(x):
         return times @ np.bincount(episode, np.broadcast_to(x, len(episode)))
@@ -1379,10 +1394,11 @@ def resampled(episode: np.ndarray, part: np.ndarray, whole=1.0) -> np.ndarray:
 
 
 @cache
-def drawn_times(n: int, draws: int = 1000) -> np.ndarray:
+def drawn_times(n: int, seed: int, draws: int = 1000) -> np.ndarray:
     """How often each of n episodes counts, (1 + draws, n): once, then as drawn n times with
-    replacement; always the same, so that two evaluations can be compared draw by draw."""
-    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)
+    replacement; of a dataset always the same, so that two evaluations can be compared draw by
+    draw."""
+    times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)
     return np.concatenate([np.ones((1, n)), times])
 
 
@@ -1425,19 +1441,21 @@ def datasets_of(m: dict) -> list[str]:
 
 def describe_score(m: dict, label: str, name: str) -> str:
     """A metric, its interval, its trend and what stands beside it."""
-    text = f"{label:9} {m[name]:.3f} [{m[f'{name}_low']:.3f}, {m[f'{name}_high']:.3f}]"
+    text = f"{label:9} {number(m[name])}"
+    if f"{name}_low" in m:
+        text += f" [{number(m[f'{name}_low'])}, {number(m[f'{name}_high'])}]"
     if f"{name}_trend" in m:
-        change, low, high = (m[f"{name}_trend{end}"] for end in ("", "_low", "_high"))
-        text += f" {change:+.3f} [{low:+.3f}, {high:+.3f}]"
+        change, low, high = (number(m[f"{name}_trend{end}"], "+") for end in ("", "_low", "_high"))
+        text += f" {change} [{low}, {high}]"
     others = {"majority": "majority", "image_only": "image", "instruction_only": "instr."}
-    its = [f"{label} {m[f'{name}_{other}']:.3f}" for other, label in others.items()
+    its = [f"{label} {number(m[f'{name}_{other}'])}" for other, label in others.items()
            if f"{name}_{other}" in m]
     return ", ".join([text, *its])
 
 
 def beside(m: dict, name: str, other: str) -> str:
     """A metric and its baseline."""
-    return f"{m[name]:.3f} ({other} {m[f'{name}_{other}']:.3f})"
+    return f"{number(m[name])} ({other} {number(m[f'{name}_{other}'])})"
 
 
 def by_position(m: dict, prefix: str = "") -> dict[str, list[str]]:
@@ -1465,14 +1483,14 @@ TABLES = {
         "accuracy_trend": "change", "accuracy_majority": "major.", "accuracy_image_only": "image",
         "accuracy_instruction_only": "instr.", "top5": "top-5", "top5_majority": "major.",
         "codes_unique": "unique", "codes_unique_true": "true"},
-    "vectors": {
+    "target": {
         "mse": "MSE", "mse_mean": "mean", "mae": "MAE", "mae_mean": "mean", "cosine": "cosine",
         "cosine_mean": "mean", "target_r2": "R2", "target_r2_low": "low", "target_r2_high": "high",
         "target_r2_trend": "change", "target_r2_image_only": "image",
         "target_r2_instruction_only": "instr."},
     "population": {
         "code_kl": "KL", "code_kl_train": "train", "code_js": "JS", "code_js_train": "train",
-        "samples": "n", "mix": "share", "mix_train": "train",
+        "samples": "n", "episodes": "eps.", "mix": "share", "mix_train": "train",
         "action_r2_few_prediction": "few R2", "action_r2_few_readout": "read.",
         "action_r2_many_prediction": "all R2", "action_r2_many_readout": "read."}}
 
@@ -1489,7 +1507,7 @@ def tables_of(m: dict) -> list[str]:
         head = "".join(f"{columns[key]:>7}" for key in keys)
         lines += ["", f"{title:14}{head}"]
         for prefix in prefixes:
-            cells = "".join(number(m.get(f"{prefix}{key}")) for key in keys)
+            cells = "".join(f"{number(m.get(f'{prefix}{key}')):>7}" for key in keys)
             lines.append(f"{shortened(prefix):14}{cells}")
     if "accuracy" in m:
         lines += ["", wrapped("by position", " | ".join(by_position(m)), 15)]
@@ -1506,11 +1524,14 @@ def shortened(prefix: str) -> str:
     return f"{name[:10]}…{name[-3:]}" if len(name) > 14 else name
 
 
-def number(value: float | None) -> str:
+def number(value: float | None, sign: str = "") -> str:
+    """In six characters, or seven with a minus."""
     if value is None:
-        return f"{'-':>7}"
-    digits = 0 if isinstance(value, int) or abs(value) >= 10 else 3
-    return f"{value:7.{digits}f}"
+        return "-"
+    if isinstance(value, (int, np.integer)):
+        return str(value)
+    digits = ".3f" if abs(value) < 100 else ".0f" if abs(value) < 1e5 else ".0e"
+    return f"{value:{sign}{digits}}"
 
 
 # ------------------------------------------------------------ hand-over files
@@ -2759,6 +2780,8 @@ def analyze(cfg: Config) -> int:
     check(cfg)
     findings, metrics, step = find(cfg)
     description = describe(metrics, cfg, step)
+    if cfg.overfit:
+        description += "\n  of held-out episodes, while --overfit learned one batch by heart"
     plt.rcParams["axes.titlesize"] = 8
     folder = Path(cfg.out) / "analysis"
     folder.mkdir(parents=True, exist_ok=True)
@@ -2894,9 +2917,9 @@ def plot_trend(f: Findings):
             line, = ax.plot(steps, values[name], marker=".", label=name)
             ax.fill_between(steps, values[f"{name}_low"], values[f"{name}_high"], alpha=0.2,
                             color=line.get_color())
-        lowest, _ = ax.get_ylim()
+        lowest, highest = ax.get_ylim()
         bottom = min(0, lowest) if title == "nearest code" else max(-0.5, lowest)
-        ax.set(title=title, xlabel="step", ylim=(bottom, None))
+        ax.set(title=title, xlabel="step", ylim=(bottom, max(0.1, highest)))
         if ax.lines:
             ax.legend(fontsize=7)
     return fig, {"step": steps, **values}

@@ -60,18 +60,31 @@ def test_metrics_of_four_samples_are_those_counted_by_hand():
     assert m["code_entropy_0_true"] == pytest.approx(1.5 * np.log(2))
 
 
-def test_a_sample_without_another_says_nothing_of_half_the_input():
-    """It kept the whole input."""
+def test_a_sample_without_another_is_left_out():
+    """Of all metrics alike, so that what stands side by side is of the same samples."""
     val = samples_of([[0], [1], [1], [3]], [[five(0)], [five(1)], [five(2)], [five(4)]])
     baseline = vla.baseline_of(val)
     val["has_other"][:2] = False                            # of these both halves were their own
     m = measure(val, baseline)
-    assert m["accuracy"] == 0.5 and m["accuracy_image_only"] == 0
-    assert m["mse"] == pytest.approx(4 / (4 * WIDTH)) and m["target_r2_image_only"] < 0
-    assert m["mse_instruction_only"] == pytest.approx(4 / (2 * WIDTH))
+    assert m["accuracy"] == m["accuracy_image_only"] == 0 and m["target_r2_image_only"] < 0
+    assert m["mse"] == m["mse_instruction_only"] == pytest.approx(4 / (2 * WIDTH))
+    assert (m["samples"], m["episodes"]) == (2, 2)
     val["has_other"][:] = False
-    m = measure(val, baseline)
-    assert not [name for name in m if "only" in name] and m["accuracy"] == 0.5
+    assert measure(val, baseline) == {"samples": 0, "episodes": 0}
+
+
+def test_halves_are_swapped_within_a_dataset():
+    """Also those of a dataset's only sample in a batch; but not of the very first."""
+    others, seen = vla.Others(), []
+    for dataset in ([0, 1, 0], [1, 2, 2], [2, 0, 1]):
+        number = torch.arange(3) + 3 * len(seen)
+        swapped, has_other = others(dict.fromkeys(("images", "ids", "mask"), number),
+                                    np.array(dataset))
+        assert all(torch.equal(x, swapped["ids"]) for x in swapped.values())
+        seen.append([*zip(swapped["ids"].tolist(), has_other)])
+    yes, no = True, False
+    assert seen == [[(2, yes), (1, no), (0, yes)], [(1, yes), (5, yes), (4, yes)],
+                    [(4, yes), (0, yes), (3, yes)]]
 
 
 def test_histograms_that_are_equal_are_no_distance_apart():
@@ -133,6 +146,9 @@ def test_the_bootstrap_draws_episodes_and_always_the_same():
         value, draws = found["accuracy"][0], found["accuracy"][1:]
         assert value == 0.5 and draws.mean() == pytest.approx(0.5, abs=0.03)
         spread[episodes] = draws.std()
+        other = vla.measure(val | {"dataset": np.ones(400, int)}, vla.baseline_of(val))
+        together = np.corrcoef(draws, other["accuracy"][1:])[0, 1]
+        assert abs(together) < 0.1, "datasets are drawn independently"
         drawn = {name for name, x in found.items() if np.ndim(x)}
         assert {"top5", "mse", "mae", "cosine", "accuracy_image_only", "target_r2"} < drawn
     assert spread[4] == pytest.approx(0.25, abs=0.03)
@@ -143,7 +159,7 @@ def test_actions_are_read_by_one_probe_on_draws_of_the_episodes_that_have_them()
     """Of episodes 0 to 7, the last four unlabelled; in two the actions are told by the feature."""
     rng = np.random.default_rng(0)
     fit, val = ({"readout": rng.standard_normal((160, 3)), "episode": np.arange(160) // 20,
-                 "whole": np.arange(160) < 80} for _ in range(2))
+                 "dataset": np.zeros(160, int), "whole": np.arange(160) < 80} for _ in range(2))
     for samples in (fit, val):
         told = samples["readout"] @ np.arange(6).reshape(3, 2)
         samples["actions"] = told.astype(np.float32)
@@ -199,7 +215,7 @@ class Batches:
                "actions": np.zeros((64, 8, 4), np.float32)}
 
 
-def test_a_model_that_ignores_the_picture_is_found_out():
+def test_a_model_that_ignores_the_picture_is_found_out(monkeypatch):
     """By its accuracy with another sample's picture; and a verdict names the dataset on which it
     is worse than the commonest code."""
     def inputs_of(batch, labelled):
@@ -230,11 +246,19 @@ def test_a_model_that_ignores_the_picture_is_found_out():
         cfg.overfit = overfit
         assert says in vla.report_card({}, learned, cfg).splitlines()[-1]
     rare = m | {"untold/samples": 3, "unseen/mix": 0.0}
-    assert vla.verdict(rare)[1] == ("no worse than the majority code on any of 1 datasets; 2 have "
-                                    "too few samples to be judged (--eval-batches)")
+    assert vla.verdict(rare)[1] == ("no worse than the majority code on any of 1 datasets; 2 "
+                                    "cannot be judged, of too few samples held out or in training")
+    cfg.overfit, none = False, learned | {"told/samples": 3, "untold/samples": 3}
+    card = vla.report_card({}, none, cfg).splitlines()
+    assert "  ?   no verdict" in card[1] and "too few held-out samples to say" in card[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(vla, "FEW_EPISODES", 17)
+        few = vla.Evaluation(TextOnly(), vla.Config(eval_batches=1), loaders, inputs_of)()
+    assert few["episodes"] == 16 and not [name for name in few if name.endswith("_low")]
+    assert "[" not in vla.describe(few, cfg, 0).partition("\n")[2], "no interval is printed"
     lines = vla.tables_of(m)
     starts = [line.split()[0] for line in lines if line]
-    titles = "codes", "vectors", "population", "by"
+    titles = "codes", "target", "population", "by"
     assert starts == [x for title in titles for x in (title, "told", "untold")]
     assert lines[3].split()[1:4] == ["0.000"] * 3, "top-1 of what no model could tell"
     assert "accuracy_majority_low" not in m and m["told/accuracy_low"] == 1
