@@ -1006,7 +1006,7 @@ def report_card(first: dict, last: dict, cfg: Config) -> str:
     untrained model; {} where nothing tells it."""
     r2 = last.get("target_r2", math.nan)                    # no action of held-out episodes
     checks = [verdict(last),
-              (r2 > 0.02, f"R2 of the target {r2:.3f} (above .02)")]
+              (r2 > 0.02, f"R2 of the target {number(r2)} (above .02)")]
     if "accuracy" in last:
         mine, majority = last["accuracy"], last["accuracy_majority"]
         other = last.get("accuracy_instruction_only", math.nan)
