@@ -1136,8 +1136,8 @@ def load_stage(cfg: Config, device) -> tuple:
 
 
 def evaluation_loaders(cfg, load) -> dict:
-    """Held-out episodes, and training episodes to fit probes on: many, and, of a mix that has actions
-    and is not too large to look for them, at most two of each instruction, or
+    """Held-out episodes, and training episodes to fit probes on: many, and, of a mix that has
+    actions and is not too large to look for them, at most two of each instruction, or
     --episodes-per-task."""
     loaders = {"val": load(cfg, "val", 64, seed=1, shuffle_mb=8),
                "many": load(cfg, "train", 64, seed=2, shuffle_mb=8)}
