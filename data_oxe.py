@@ -167,8 +167,10 @@ class Loader:
     whose 16x16 thumbnails differ by less, mean absolute difference in grey levels. demonstrations:
     leaves out episodes without an instruction, where the dataset has them, and failed ones, where
     it says so. fraction: share of each dataset's episodes of train, the same choice on all ranks
-    and with any seed; a smaller one is a part of it. cameras: N, how many a sample shows, see
-    `views`. shuffle_mb: instead of cfg's.
+    and with any seed; a smaller one is a part of it. at_most: instead of cfg's episodes_per_task,
+    so many training episodes of each instruction, or as many as there are; without instructions a
+    dataset is one task; 0: all. cameras: N, how many a sample shows, see `views`. shuffle_mb:
+    instead of cfg's.
     Ranks get disjoint episodes of train; val is the same on every rank. Errors of data and
     arguments exit with one line.
     """
@@ -177,7 +179,7 @@ class Loader:
                  horizon_s: float | None = None, chunk: int = 1, min_motion: float = 0.0,
                  demonstrations: bool = True, shuffle_mb: float | None = None, seed: int = 0,
                  rank: int = 0, world: int = 1, consecutive: int = 1, follow: int = 0,
-                 fraction: float = 1.0, cameras: int = 1):
+                 fraction: float = 1.0, at_most: int = 0, cameras: int = 1):
         check(cfg, batch_size, chunk, min_motion, image_size, horizon_s, cameras)
         self.cfg, self.batch_size, self.image_size, self.chunk = cfg, batch_size, image_size, chunk
         self.min_motion, self.demonstrations = min_motion, demonstrations
@@ -187,7 +189,7 @@ class Loader:
         self.threads = cfg.threads or threads_here()
         plan_of = partial(make_plan, cfg, split=split, horizon_s=horizon_s, consecutive=consecutive,
                           follow=follow, demonstrations=demonstrations, fraction=fraction,
-                          cameras=cameras, rank=rank, world=world)
+                          at_most=at_most, cameras=cameras, rank=rank, world=world)
         self.plans = [plan_of(name) for name in parse_mix(cfg.mix)]
         self.describe_mix()
         self.faults = Faults(self.plans, cfg.max_bad)
@@ -1139,8 +1141,8 @@ class Plan:
 
 
 def make_plan(cfg: DataConfig, name: str, *, split: str, horizon_s: float | None, consecutive: int,
-              follow: int, demonstrations: bool, fraction: float, cameras: int, rank: int,
-              world: int) -> Plan:
+              follow: int, demonstrations: bool, fraction: float, at_most: int, cameras: int,
+              rank: int, world: int) -> Plan:
     """One dataset of the mix, from its metadata: which episodes, which features, how far apart."""
     entry = find_entry(cfg.data, name)
     builder = open_builder(cfg.data, name, entry)
@@ -1148,7 +1150,8 @@ def make_plan(cfg: DataConfig, name: str, *, split: str, horizon_s: float | None
     views = entry.cameras.split()[:cameras - 1]
     check_features(name, entry, features, views)
     shards = complete_shards(builder, name)
-    ids, counts = choose_episodes(cfg, name, builder, entry, features, split, fraction, world)
+    ids, counts = choose_episodes(cfg, name, builder, entry, features, split, fraction, at_most,
+                                  world)
     if split == "train":
         ids = np.array_split(ids, world)[rank]                  # ranges: few files do not matter
     offset = pair_offset(name, entry, horizon_s)
@@ -1172,7 +1175,7 @@ def make_plan(cfg: DataConfig, name: str, *, split: str, horizon_s: float | None
 
 
 def choose_episodes(cfg: DataConfig, name: str, builder, entry: Entry, features: dict, split: str,
-                    fraction: float, world: int) -> tuple[np.ndarray, dict]:
+                    fraction: float, at_most: int, world: int) -> tuple[np.ndarray, dict]:
     """-> numbers of the episodes to use, true counts of each sub-split.
 
     val is the end of the dataset, or what `holdout` matches; train is the rest. Subsets come after,
@@ -1189,8 +1192,8 @@ def choose_episodes(cfg: DataConfig, name: str, builder, entry: Entry, features:
     train = np.flatnonzero(readable & ~held)
     val = np.flatnonzero(readable & held)
     ids = val if split == "val" else train
-    if split == "train" and cfg.episodes_per_task:
-        ids = first_per_task(name, builder, entry, features, ids, cfg.episodes_per_task)
+    if split == "train" and (per_task := at_most or cfg.episodes_per_task):
+        ids = first_per_task(name, builder, entry, features, ids, per_task, strict=not at_most)
     if split == "train" and fraction < 1:
         draws = np.random.default_rng(zlib.crc32(name.encode())).random(n)[ids]
         count = max(1, round(fraction * len(ids)))
@@ -1223,9 +1226,12 @@ def held_out(holdout: str, builder, entry: Entry, features: dict) -> tuple[np.nd
 
 
 def first_per_task(name: str, builder, entry: Entry, features: dict, ids: np.ndarray,
-                   per_task: int) -> np.ndarray:
-    """The first `per_task` of the episodes `ids` of each instruction."""
+                   per_task: int, strict: bool) -> np.ndarray:
+    """The first `per_task` of the episodes `ids` of each instruction. strict: exits where there are
+    fewer, or no instructions."""
     if not entry.instruction:
+        if not strict:
+            return ids[:per_task]
         fail(f"dataset '{name}' has no instructions to count --episodes-per-task by")
     texts = episode_values(builder, features, f"steps/{texts_of(entry)[0]}")
     seen, chosen = {}, []
@@ -1235,7 +1241,7 @@ def first_per_task(name: str, builder, entry: Entry, features: dict, ids: np.nda
             if seen[texts[i]] <= per_task:
                 chosen.append(i)
     short = {text: count for text, count in seen.items() if count < per_task}
-    if short:
+    if short and strict:
         fail(f"dataset '{name}' has fewer than {per_task} training episodes of some tasks: {short}")
     return np.asarray(chosen)
 

@@ -50,6 +50,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -1259,8 +1260,10 @@ def with_lora(text_model: nn.Module, cfg: Config) -> nn.Module:
                  f"after its first {first} layers (--freeze-layers), only "
                  f"{', '.join(sorted(set(linear.values()))) or 'none'}")
     paths = [path for path, name in linear.items() if name in cfg.lora_modules]
-    return get_peft_model(text_model, LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank,
-                                                 target_modules=paths))
+    lora = LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, target_modules=paths)
+    with warnings.catch_warnings():                         # peft asks for what is to be renamed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(text_model, lora)
 
 
 def check_widths(loader):
@@ -1772,25 +1775,26 @@ TRUNKS = {"tiny": tiny, "dual-7b": dual_7b}         # a new one is a function; o
 def load_trunk(cfg, stage2: str = "") -> tuple[Trunk, object]:
     """--trunk and its tokenizer: tiny and --random-init are random; else weights that are absent
     are an error. With a folder of vla.py it is the one that was trained. Ranks but the first
-    build shapes without values (device meta), which wrap fills: a node has memory for one of
-    them."""
+    build shapes without values (device meta), which settle or shard fills: a node has memory for
+    one of them."""
     if cfg.trunk == "tiny" and not stage2 and (cfg.plain_prompt or cfg.text_layers is not None):
         fail("--trunk tiny has no chat and always two layers; leave --plain-prompt and "
              "--text-layers out")
     if cfg.text_layers is not None and cfg.text_layers < 1:
         fail(f"--text-layers {cfg.text_layers} must be at least 1")
-    rank = int(os.environ.get("RANK", 0))
-    with torch.device("meta") if rank else contextlib.nullcontext():
+    follows = dist.is_initialized() and dist.get_rank() > 0
+    with torch.device("meta") if follows else contextlib.nullcontext():
         return TRUNKS.get(cfg.trunk, smolvlm2)(cfg, stage2)
 
 
 def pretrained(what: str, kind, name: str, **options):
-    """kind.from_pretrained of transformers; exits where weights are absent or do not fit. Only rank
-    0 reads them."""
-    is_model, rank = issubclass(kind, PreTrainedModel), int(os.environ.get("RANK", 0))
+    """kind.from_pretrained of transformers; exits where weights are absent or do not fit. On device
+    meta they are not read."""
+    is_model = issubclass(kind, PreTrainedModel)
+    shapes_only = torch.get_default_device().type == "meta"
     if not is_model:
         options |= dict(trust_remote_code=False)                # without it, it asks
-    elif not rank:
+    elif not shapes_only:
         options |= dict(dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
                         output_loading_info=True)
     try:
@@ -1799,7 +1803,7 @@ def pretrained(what: str, kind, name: str, **options):
             its = kind.config_class.get_config_dict(name)[0].get("model_type", "")
             if its.split("_")[0] != family:
                 raise ValueError(f"its config says '{its}', not '{family}'")
-        if is_model and rank:
+        if is_model and shapes_only:
             return kind(kind.config_class.from_pretrained(name, **options)).eval()
         made = kind.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -2069,11 +2073,22 @@ def warn(message: str):
         print(f"warning: {message}", file=sys.stderr)
 
 
+# the least that a number of any stage's Config may be
+LEAST = {"steps": 0, "batch_size": 1, "micro_batch": 0, "lr": 0, "warmup_steps": 0,
+         "weight_decay": 0, "grad_clip": 0, "eval_every": 1, "eval_batches": 1, "save_every": 1,
+         "keep_every": 0, "log_every": 1,
+         "tokens": 1, "codes": 2, "code_dim": 1, "beta": 0, "reseed_every": 0, "motion_weight": 0,
+         "flow_weight": 0, "flow_warmup": 0, "shift": 0, "min_motion": 0,
+         "chunk": 1, "latent_chunk": 1, "latent_weight": 0, "action_weight": 0, "text_len": 1,
+         "lora_rank": 0, "head_width": 1, "head_depth": 0, "cameras": 1}
+
+
 def check_run(cfg, world: int):
     """Exits where settings that all stages share do not go together."""
-    for name in ("batch_size", "eval_every", "eval_batches", "save_every", "log_every"):
-        if getattr(cfg, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
+    for name, least in LEAST.items():
+        value = getattr(cfg, name, None)
+        if value is not None and value < least:
+            fail(f"--{name.replace('_', '-')} {value} must be at least {least}")
     local = cfg.batch_size // world                                     # samples a process
     if cfg.batch_size % world:
         fail(f"--batch-size {cfg.batch_size} is not divisible by the {world} processes; "
@@ -3004,6 +3019,7 @@ if __name__ == "lerobot_policy_nanolapa":                   # as which policy/le
             else:
                 cfg.cameras = len(config.cameras)
                 trunk, tokenizer = load_stage2(cfg, pretraining)
+                settle(trunk, torch.device(config.device))              # rank 0's values
                 stats = statistics_of(dataset_stats or {}, config)
             freeze(trunk, cfg)
             config.settings = asdict(cfg)

@@ -1299,14 +1299,18 @@ def check(cfg: Config):
 
 
 def evaluation_loaders(cfg, load) -> dict:
-    """Held-out episodes, and training episodes to fit probes on: many, and, of a mix that is not
-    too large to look for them, two of each instruction, or --episodes-per-task."""
+    """Held-out episodes, and training episodes to fit probes on: many, and, of a mix that has
+    actions and is not too large to look for them, at most two of each instruction, or
+    --episodes-per-task."""
     loaders = {"val": load(cfg, "val", 64, seed=1, shuffle_mb=8),
                "many": load(cfg, "train", 64, seed=2, shuffle_mb=8)}
     episodes = sum(plan.used for plan in loaders["many"].plans)
+    if not loaders["many"].action_dim:
+        return loaders
     if episodes <= 5000:
-        few = replace(cfg, pairs_per_episode=0, episodes_per_task=cfg.episodes_per_task or 2)
-        loaders["few"] = load(few, "train", 64, seed=2, shuffle_mb=8)
+        every_pair = replace(cfg, pairs_per_episode=0)
+        loaders["few"] = load(every_pair, "train", 64, seed=2, shuffle_mb=8,
+                              at_most=cfg.episodes_per_task or 2)
     else:
         warn(f"no probe from few labels: of {episodes} training episodes, more than 5000, it would "
              f"take long to find those of each instruction")
@@ -1529,11 +1533,22 @@ def warn(message: str):
         print(f"warning: {message}", file=sys.stderr)
 
 
+# the least that a number of any stage's Config may be
+LEAST = {"steps": 0, "batch_size": 1, "micro_batch": 0, "lr": 0, "warmup_steps": 0,
+         "weight_decay": 0, "grad_clip": 0, "eval_every": 1, "eval_batches": 1, "save_every": 1,
+         "keep_every": 0, "log_every": 1,
+         "tokens": 1, "codes": 2, "code_dim": 1, "beta": 0, "reseed_every": 0, "motion_weight": 0,
+         "flow_weight": 0, "flow_warmup": 0, "shift": 0, "min_motion": 0,
+         "chunk": 1, "latent_chunk": 1, "latent_weight": 0, "action_weight": 0, "text_len": 1,
+         "lora_rank": 0, "head_width": 1, "head_depth": 0, "cameras": 1}
+
+
 def check_run(cfg, world: int):
     """Exits where settings that all stages share do not go together."""
-    for name in ("batch_size", "eval_every", "eval_batches", "save_every", "log_every"):
-        if getattr(cfg, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
+    for name, least in LEAST.items():
+        value = getattr(cfg, name, None)
+        if value is not None and value < least:
+            fail(f"--{name.replace('_', '-')} {value} must be at least {least}")
     local = cfg.batch_size // world                                     # samples a process
     if cfg.batch_size % world:
         fail(f"--batch-size {cfg.batch_size} is not divisible by the {world} processes; "
@@ -2248,6 +2263,8 @@ class Findings:
 def analyze(cfg: Config) -> int:
     """OUT/analysis: metrics.json, each figure as PNG, and report.html with all of it inside. Pairs
     of held-out episodes, drawn by (seed, step)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("run --analyze in one process")
     check(cfg)
     findings, metrics = find(cfg)
     plt.rcParams["axes.titlesize"] = 8

@@ -45,6 +45,7 @@ import sys
 import textwrap
 import time
 import traceback
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -185,12 +186,13 @@ class LatentPolicy(nn.Module):
         name = "codebook" if "codebook" in buffers else next(iter(buffers))
         mine = buffers[name]
         its = state.get(f"target.{name}", mine)
-        same = its.shape == mine.shape
-        if name == "codebook":
-            same = torch.equal(its.to(mine), mine)
-        if not same:
+        remedy = "go on with those that the run began with"
+        if its.shape != mine.shape:
             fail(f"the checkpoint's {name}, {tuple(its.shape)}, is not that of --laq-ckpt or "
-                 f"--mix, {tuple(mine.shape)}; go on with those that the run began with")
+                 f"--mix, {tuple(mine.shape)}; {remedy}")
+        if name == "codebook" and not torch.equal(its.to(mine), mine):
+            fail(f"the checkpoint's codebook is not that of --laq-ckpt: of equal shape, "
+                 f"{tuple(mine.shape)}, but with other values; {remedy}")
         return super().load_state_dict(state, **options)
 
     def code_scores(self, prediction):
@@ -1119,7 +1121,10 @@ def check(cfg: Config):
              f"of laq.py")
     if cfg.laq_ckpt == "pooled" and cfg.targets == "codes" and labels:
         fail("--laq-ckpt pooled has no codes; give --targets vectors")
-    if cfg.latent_chunk < 1 or cfg.latent_chunk > 1 and not labels:
+    if cfg.targets == "codes" and "latents" not in needs:
+        fail(f"--targets codes are those of latents, which --mode {cfg.mode} does not learn; leave "
+             f"it out")
+    if cfg.latent_chunk > 1 and not labels:
         fail(f"--latent-chunk {cfg.latent_chunk} is a number of frame pairs whose latents are "
              f"predicted; --mode {cfg.mode} needs 1")
     if cfg.parallel_decode and cfg.mode != "codes":
@@ -1154,14 +1159,18 @@ def load_stage(cfg: Config, device) -> tuple:
 
 
 def evaluation_loaders(cfg, load) -> dict:
-    """Held-out episodes, and training episodes to fit probes on: many, and, of a mix that is not
-    too large to look for them, two of each instruction, or --episodes-per-task."""
+    """Held-out episodes, and training episodes to fit probes on: many, and, of a mix that has
+    actions and is not too large to look for them, at most two of each instruction, or
+    --episodes-per-task."""
     loaders = {"val": load(cfg, "val", 64, seed=1, shuffle_mb=8),
                "many": load(cfg, "train", 64, seed=2, shuffle_mb=8)}
     episodes = sum(plan.used for plan in loaders["many"].plans)
+    if not loaders["many"].action_dim:
+        return loaders
     if episodes <= 5000:
-        few = replace(cfg, pairs_per_episode=0, episodes_per_task=cfg.episodes_per_task or 2)
-        loaders["few"] = load(few, "train", 64, seed=2, shuffle_mb=8)
+        every_pair = replace(cfg, pairs_per_episode=0)
+        loaders["few"] = load(every_pair, "train", 64, seed=2, shuffle_mb=8,
+                              at_most=cfg.episodes_per_task or 2)
     else:
         warn(f"no probe from few labels: of {episodes} training episodes, more than 5000, it would "
              f"take long to find those of each instruction")
@@ -1198,8 +1207,10 @@ def with_lora(text_model: nn.Module, cfg: Config) -> nn.Module:
                  f"after its first {first} layers (--freeze-layers), only "
                  f"{', '.join(sorted(set(linear.values()))) or 'none'}")
     paths = [path for path, name in linear.items() if name in cfg.lora_modules]
-    return get_peft_model(text_model, LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank,
-                                                 target_modules=paths))
+    lora = LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, target_modules=paths)
+    with warnings.catch_warnings():                         # peft asks for what is to be renamed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(text_model, lora)
 
 
 def batches_of(cfg: Config, loader, device):
@@ -1921,25 +1932,26 @@ TRUNKS = {"tiny": tiny, "dual-7b": dual_7b}         # a new one is a function; o
 def load_trunk(cfg, stage2: str = "") -> tuple[Trunk, object]:
     """--trunk and its tokenizer: tiny and --random-init are random; else weights that are absent
     are an error. With a folder of vla.py it is the one that was trained. Ranks but the first
-    build shapes without values (device meta), which wrap fills: a node has memory for one of
-    them."""
+    build shapes without values (device meta), which settle or shard fills: a node has memory for
+    one of them."""
     if cfg.trunk == "tiny" and not stage2 and (cfg.plain_prompt or cfg.text_layers is not None):
         fail("--trunk tiny has no chat and always two layers; leave --plain-prompt and "
              "--text-layers out")
     if cfg.text_layers is not None and cfg.text_layers < 1:
         fail(f"--text-layers {cfg.text_layers} must be at least 1")
-    rank = int(os.environ.get("RANK", 0))
-    with torch.device("meta") if rank else contextlib.nullcontext():
+    follows = dist.is_initialized() and dist.get_rank() > 0
+    with torch.device("meta") if follows else contextlib.nullcontext():
         return TRUNKS.get(cfg.trunk, smolvlm2)(cfg, stage2)
 
 
 def pretrained(what: str, kind, name: str, **options):
-    """kind.from_pretrained of transformers; exits where weights are absent or do not fit. Only rank
-    0 reads them."""
-    is_model, rank = issubclass(kind, PreTrainedModel), int(os.environ.get("RANK", 0))
+    """kind.from_pretrained of transformers; exits where weights are absent or do not fit. On device
+    meta they are not read."""
+    is_model = issubclass(kind, PreTrainedModel)
+    shapes_only = torch.get_default_device().type == "meta"
     if not is_model:
         options |= dict(trust_remote_code=False)                # without it, it asks
-    elif not rank:
+    elif not shapes_only:
         options |= dict(dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
                         output_loading_info=True)
     try:
@@ -1948,7 +1960,7 @@ def pretrained(what: str, kind, name: str, **options):
             its = kind.config_class.get_config_dict(name)[0].get("model_type", "")
             if its.split("_")[0] != family:
                 raise ValueError(f"its config says '{its}', not '{family}'")
-        if is_model and rank:
+        if is_model and shapes_only:
             return kind(kind.config_class.from_pretrained(name, **options)).eval()
         made = kind.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -2070,11 +2082,22 @@ def warn(message: str):
         print(f"warning: {message}", file=sys.stderr)
 
 
+# the least that a number of any stage's Config may be
+LEAST = {"steps": 0, "batch_size": 1, "micro_batch": 0, "lr": 0, "warmup_steps": 0,
+         "weight_decay": 0, "grad_clip": 0, "eval_every": 1, "eval_batches": 1, "save_every": 1,
+         "keep_every": 0, "log_every": 1,
+         "tokens": 1, "codes": 2, "code_dim": 1, "beta": 0, "reseed_every": 0, "motion_weight": 0,
+         "flow_weight": 0, "flow_warmup": 0, "shift": 0, "min_motion": 0,
+         "chunk": 1, "latent_chunk": 1, "latent_weight": 0, "action_weight": 0, "text_len": 1,
+         "lora_rank": 0, "head_width": 1, "head_depth": 0, "cameras": 1}
+
+
 def check_run(cfg, world: int):
     """Exits where settings that all stages share do not go together."""
-    for name in ("batch_size", "eval_every", "eval_batches", "save_every", "log_every"):
-        if getattr(cfg, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
+    for name, least in LEAST.items():
+        value = getattr(cfg, name, None)
+        if value is not None and value < least:
+            fail(f"--{name.replace('_', '-')} {value} must be at least {least}")
     local = cfg.batch_size // world                                     # samples a process
     if cfg.batch_size % world:
         fail(f"--batch-size {cfg.batch_size} is not divisible by the {world} processes; "
@@ -2777,6 +2800,8 @@ class Findings:
 def analyze(cfg: Config) -> int:
     """OUT/analysis: metrics.json, each figure as PNG with its numbers as JSON, and report.html with
     all of it inside."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("run --analyze in one process")
     check(cfg)
     findings, metrics, step = find(cfg)
     description = describe(metrics, cfg, step)
@@ -2866,8 +2891,10 @@ def load_decoder(laq_ckpt: str, labeller, device):
     frame t+k uint8 (B, h, h, 3) of its own size, on the device, wherever these are; None where
     there is none. Exits where it is not that labeller's, or its stored probe does not give the
     stored pictures."""
+    if labeller.codebook is None:                           # 'pooled' or '' is no file's name
+        return None
     path = Path(laq_ckpt).with_name("decoder.pt2")
-    if labeller.codebook is None or not path.is_file():
+    if not path.is_file():
         return None
     program, extra = open_program(path)
     try:

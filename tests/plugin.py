@@ -242,6 +242,12 @@ def test_statistics_that_lack_are_refused():
         fresh(STAGE2, {"chunks": 4})
 
 
+TRAIN = ["--policy.type=hlrp_smolvla_shared", f"--policy.stage2={STAGE2}", "--policy.device=cpu",
+         "--policy.push_to_hub=false", "--seed=1", "--dataset.repo_id=local/recorded",
+         f"--dataset.root={SOURCE}", "--dataset.video_backend=pyav", "--log_freq=1",
+         "--num_workers=0", '--policy.settings={"warmup_steps": 5}']
+
+
 def losses(log):
     found = re.findall(r"step:(\d+) .*?loss:([\d.]+)", log)
     return {int(step): float(loss) for step, loss in found}
@@ -250,12 +256,8 @@ def losses(log):
 def test_lerobot_trains_resumes_and_evaluates(tmp_path):
     """From stage 2, on LeRobot's dataset: the loss falls; a resumed run repeats the unbroken one's
     losses; its checkpoint acts in LeRobot's environment."""
-    log = command("lerobot-train", "--policy.type=hlrp_smolvla_shared", f"--policy.stage2={STAGE2}",
-                  "--policy.device=cpu", "--policy.push_to_hub=false", "--seed=1",
-                  "--dataset.repo_id=local/recorded", f"--dataset.root={SOURCE}",
-                  "--dataset.video_backend=pyav", f"--output_dir={tmp_path}/run", "--steps=20",
-                  "--save_freq=10", "--log_freq=1", "--batch_size=8", "--num_workers=0",
-                  '--policy.settings={"warmup_steps": 5}')
+    log = command("lerobot-train", *TRAIN, f"--output_dir={tmp_path}/run", "--steps=20",
+                  "--save_freq=10", "--batch_size=8")
     whole = losses(log)
     assert sorted(whole) == [*range(1, 21)]
     values = [whole[step] for step in sorted(whole)]
@@ -271,6 +273,14 @@ def test_lerobot_trains_resumes_and_evaluates(tmp_path):
                   f"--output_dir={tmp_path}/evaluation")
     found = json.loads((tmp_path / "evaluation/eval_info.json").read_text())
     assert found["overall"]["n_episodes"] == 2 and "pc_success" in found["overall"]
+
+
+def test_lerobot_trains_in_two_processes(tmp_path):
+    """The second process has its trunk from the first."""
+    script = Path(sys.executable).with_name("lerobot-train")
+    log = command("torchrun", "--standalone", "--nproc_per_node=2", script, *TRAIN, "--steps=2",
+                  "--save_freq=2", "--batch_size=4", f"--output_dir={tmp_path}/run")
+    assert sorted(losses(log)) == [1, 2]
 
 
 def test_another_robot_is_refused(tmp_path):

@@ -277,6 +277,8 @@ def test_pictures_are_resized_as_the_loader_does():
     ("laq.py", ["--data", "DATA", "--features", "/nowhere"], "--features '/nowhere'"),
     ("laq.py", ["--data", "DATA", "--flow-teacher", "raft"], "raft needs torchvision"),
     ("laq.py", ["--data", "DATA", "--val-fraction", "0"], "no episodes left in split 'val'"),
+    ("laq.py", ["--steps", "-2"], "--steps -2 must be at least 0"),
+    ("laq.py", ["--tokens", "0"], "--tokens 0 must be at least 1"),
     ("laq.py", ["--resume", "/nowhere.pt"], "/nowhere.pt"),
     ("laq.py", ["--resume", "NOT"], "is not a checkpoint of this script"),
     ("vla.py", ["--laq-ckpt", "/nowhere.pt2"], "no labeller at --laq-ckpt '/nowhere.pt2'"),
@@ -296,6 +298,19 @@ def test_pictures_are_resized_as_the_loader_does():
     ("vla.py", ["--mode", "vq"], "unknown --mode 'vq'; there are latent_flow, head, codes, actions"),
     ("vla.py", ["--parallel-decode"], "is a way to predict --mode codes, this is --mode latent_fl"),
     ("vla.py", ["--shrink"], "which can only be random; give --random-init too"),
+    ("vla.py", ["--steps", "-2"], "--steps -2 must be at least 0"),
+    ("vla.py", ["--text-len", "0"], "--text-len 0 must be at least 1"),
+    ("vla.py", ["--lora-rank", "-1"], "--lora-rank -1 must be at least 0"),
+    ("vla.py", ["--head-width", "0"], "--head-width 0 must be at least 1"),
+    ("vla.py", ["--latent-weight", "-1"], "--latent-weight -1.0 must be at least 0"),
+    ("vla.py", ["--action-weight", "-1"], "--action-weight -1.0 must be at least 0"),
+    ("vla.py", ["--latent-chunk", "0"], "--latent-chunk 0 must be at least 1"),
+    ("vla.py", ["--mode", "actions", "--latent-chunk", "2"], "--mode actions needs 1"),
+    ("vla.py", ["--chunk", "0"], "--chunk 0 must be at least 1"),
+    ("vla.py", ["--mode", "head", "--targets", "codes"],
+     "--targets codes are those of latents, which --mode head does not learn; leave it out"),
+    ("finetune.py", ["--init", "none", "--steps", "-2"], "--steps -2 must be at least 0"),
+    ("finetune.py", ["--init", "none", "--head-width", "0"], "--head-width 0 must be at least 1"),
     ("finetune.py", ["--init", "/nowhere"], "no stage2 folder at --init '/nowhere'"),
     ("finetune.py", ["--data", "DATA", "--init", "none", "--episodes-per-task", "50"],
      "fewer than 50 training episodes"),
@@ -335,6 +350,18 @@ def test_errors_exit_with_one_and_no_traceback(tmp_path):
     p = run("vla.py", "--laq-ckpt", "/nowhere.pt2", "--out", tmp_path, check=False)
     assert p.returncode == 1 and "Traceback" not in p.stderr
     assert p.stderr.strip().splitlines()[-1].startswith("vla: no labeller")
+
+
+@pytest.mark.parametrize("stage", [laq, vla])
+def test_analyses_are_of_one_process(stage, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="run --analyze in one process"):
+        stage.analyze(stage.Config(analyze="last.pt"))
+
+
+def test_what_has_a_least_number_is_a_setting():
+    names = set().union(*map(fields_of, ("laq", "vla", "finetune")))
+    assert set(laq.LEAST) <= names
 
 
 def test_world_size_must_divide_the_batch():

@@ -297,7 +297,7 @@ def test_null_controls_label_other_pairs(data):
     assert all(not torch.equal(a, b) for a, b in zip(true, permuted))
 
 
-@pytest.mark.parametrize("args", [["--mode", "actions"],
+@pytest.mark.parametrize("args", [["--mode", "actions", "--laq-ckpt", ""],
                                   ["--laq-ckpt", "pooled", "--targets", "vectors"]])
 def test_stage_2_without_a_labeller(args, data, tmp_path, capsys, monkeypatch):
     """The oracle and the pooled control run to their report and give a trunk that finetune reads,
@@ -311,6 +311,7 @@ def test_stage_2_without_a_labeller(args, data, tmp_path, capsys, monkeypatch):
     trunk, _ = finetune.load_stage2(cfg, finetune.read_stage2(cfg))
     state = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
     assert torch.equal(trunk.readout, state["trunk.readout"])
+    assert vla.load_decoder("", vla.PooledDifference(), torch.device("cpu")) is None    # --analyze
 
 
 # ------------------------------------------------------------ hand-over
@@ -336,9 +337,10 @@ def test_a_labeller_of_the_first_schema_gives_the_vectors_of_its_codes(data, tmp
         vla.load_labeller(str(tmp_path / "laq.v3.pt2"), torch.device("cpu"))
 
 
-def test_pretrained_trunk_by_name(tmp_path):
+def test_pretrained_trunk_by_name(tmp_path, monkeypatch):
     """A SmolVLM2 folder loads with its weights, cut to fewer layers; without weights, or with half
-    of them, it is an error."""
+    of them, it is an error. Processes but the first of those that have met read no weights: settle
+    gives them rank 0's."""
     from transformers import SmolVLMForConditionalGeneration
     trunk, _ = vla.load_trunk(vla.Config())
     whole = SmolVLMForConditionalGeneration(trunk.vlm.config)
@@ -349,6 +351,16 @@ def test_pretrained_trunk_by_name(tmp_path):
     assert len(loaded.vlm.text_model.layers) == 1
     same = "connector.modality_projection.proj.weight"
     assert torch.equal(loaded.vlm.get_parameter(same), whole.model.get_parameter(same))
+    monkeypatch.setenv("RANK", "1")                         # alone it tells nothing
+    assert not any(x.is_meta for x in vla.load_trunk(cfg)[0].parameters())
+    with monkeypatch.context() as second:
+        second.setattr(vla.dist, "is_initialized", lambda: True)
+        second.setattr(vla.dist, "get_rank", lambda: 1)
+        second.setattr(vla.dist, "broadcast", lambda x, source: x.fill_(7))
+        follower, _ = vla.load_trunk(cfg)
+        assert all(x.is_meta for x in follower.parameters())
+        vla.settle(follower, torch.device("cpu"))
+    assert all((x == 7).all() for x in [*follower.parameters(), *follower.buffers()])
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(SystemExit, match="no pretrained SmolVLM2"):
