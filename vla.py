@@ -1164,9 +1164,9 @@ def evaluation_loaders(cfg, load) -> dict:
     --episodes-per-task."""
     loaders = {"val": load(cfg, "val", 64, seed=1, shuffle_mb=8),
                "many": load(cfg, "train", 64, seed=2, shuffle_mb=8)}
-    episodes = sum(plan.used for plan in loaders["many"].plans)
     if not loaders["many"].action_dim:
         return loaders
+    episodes = sum(plan.used for plan in loaders["many"].plans)
     if episodes <= 5000:
         every_pair = replace(cfg, pairs_per_episode=0)
         loaders["few"] = load(every_pair, "train", 64, seed=2, shuffle_mb=8,

@@ -121,13 +121,14 @@ def test_a_dataset_without_a_baseline_or_samples_is_left_out():
 
 
 def test_a_mix_too_large_for_the_probe_of_few_labels_is_told(capsys):
-    for episodes, probes in {5000: ["val", "many", "few"], 5001: ["val", "many"]}.items():
-        plan = SimpleNamespace(used=episodes)
+    """Where there are actions that it would be of."""
+    for episodes, width, probed in ((5000, 4, True), (5001, 4, False), (5001, 0, False)):
+        loader = SimpleNamespace(plans=[SimpleNamespace(used=episodes)], action_dim=width)
         for stage in (vla, laq):
-            loaders = stage.evaluation_loaders(
-                stage.Config(), lambda *args, **options: SimpleNamespace(plans=[plan]))
-            assert [*loaders] == probes
-            assert ("no probe from few labels" in capsys.readouterr().err) == (episodes > 5000)
+            loaders = stage.evaluation_loaders(stage.Config(), lambda *args, **options: loader)
+            assert [*loaders] == ["val", "many"] + ["few"] * probed
+            told = "no probe from few labels" in capsys.readouterr().err
+            assert told == (width > 0 and episodes > 5000)
 
 
 def test_the_bootstrap_draws_episodes_and_always_the_same():
