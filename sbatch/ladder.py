@@ -1,6 +1,7 @@
 """Table and plot of what ladder.sh ran: python sbatch/ladder.py OUT. A row a run of OUT/runs.txt,
 by its last validation."""
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -52,8 +53,8 @@ def plot(runs: dict, path: Path):
             reached.plot(range(len(y)), y, marker, ms=12, mew=2, fillstyle="none",
                          label=name.replace("_", " "))
     y = [values[f"val_{score}"] for values in found]
-    ends = [[abs(values[f"val_{score}_{end}"] - middle) for values, middle in zip(found, y)]
-            for end in ("low", "high")]
+    ends = [[abs(values.get(f"val_{score}_{end}", math.nan) - middle)           # of few episodes no
+             for values, middle in zip(found, y)] for end in ("low", "high")]   # interval
     reached.errorbar(range(len(y)), y, ends, fmt="ko", capsize=3, label="prediction, 95%")
     reached.set_xticks(range(len(y)), list(runs), rotation=30, ha="right")
     reached.set(ylabel={"accuracy": "nearest code, top-1", "target_r2": "R2 of the target"}[score],
