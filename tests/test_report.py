@@ -365,7 +365,8 @@ def test_the_ladder_tells_its_runs_apart(tmp_path, monkeypatch, capsys):
         run.mkdir()
         lines.append(f"{setting} --seed 0 --out {run}")
         rows = [{"step": 0, "loss": 2.0}, {"step": 5, "loss": 1.0},
-                {"step": 5, "val_accuracy": 0.1 * i, "val_accuracy_majority": 0.05, "val_loss": 1.0}]
+                {"step": 5, "val_loss": 1.0, "val_accuracy": 0.1 * i,
+                 "val_accuracy_majority": 0.05}]
         if i:                                                           # the first: few episodes
             rows[-1] |= {"val_accuracy_low": 0.0, "val_accuracy_high": 1.0}
         if i != 2:                                                      # not begun
