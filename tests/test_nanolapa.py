@@ -295,7 +295,7 @@ def test_pictures_are_resized_as_the_loader_does():
     ("vla.py", ["--laq-ckpt", ""], "--mode latent_flow needs --laq-ckpt"),
     ("vla.py", ["--laq-ckpt", "pooled", "--mode", "head"],
      "pooled has no codes, which --mode head predicts"),
-    ("vla.py", ["--mode", "vq"], "unknown --mode 'vq'; there are latent_flow, head, codes, actions"),
+    ("vla.py", ["--mode", "vq"], "unknown --mode 'vq'; there are latent_flow, head, codes, act"),
     ("vla.py", ["--parallel-decode"], "is a way to predict --mode codes, this is --mode latent_fl"),
     ("vla.py", ["--shrink"], "which can only be random; give --random-init too"),
     ("vla.py", ["--steps", "-2"], "--steps -2 must be at least 0"),
