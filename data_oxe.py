@@ -169,7 +169,7 @@ class Loader:
     it says so. fraction: share of each dataset's episodes of train, the same choice on all ranks
     and with any seed; a smaller one is a part of it. at_most: instead of cfg's episodes_per_task,
     so many training episodes of each instruction, or as many as there are; without instructions a
-    dataset is one task; 0: all. cameras: N, how many a sample shows, see `views`. shuffle_mb:
+    dataset is one task; 0: cfg's. cameras: N, how many a sample shows, see `views`. shuffle_mb:
     instead of cfg's.
     Ranks get disjoint episodes of train; val is the same on every rank. Errors of data and
     arguments exit with one line.

@@ -1583,7 +1583,11 @@ class Stage2Head(nn.Module):
         else:
             self.codes, sizes = 0, manifest["flow"]
             self.head = FlowHead(self.width, trunk_width, sizes["width"], sizes["depth"], steps=1)
-        self.head.load_state_dict(stage2_heads(Path(init), "head."))
+        try:
+            self.head.load_state_dict(stage2_heads(Path(init), "head."))
+        except RuntimeError:
+            fail(f"--head latent reads a flow or --mode head, --init '{init}' is of --mode {mode}; "
+                 f"give another --head")
 
     def forward(self, readout):
         if self.codes:
@@ -2073,7 +2077,7 @@ def warn(message: str):
         print(f"warning: {message}", file=sys.stderr)
 
 
-# the least that a number of any stage's Config may be
+# the least that numbers of the stages' Configs may be, but those with a check of their own
 LEAST = {"steps": 0, "batch_size": 1, "micro_batch": 0, "lr": 0, "warmup_steps": 0,
          "weight_decay": 0, "grad_clip": 0, "eval_every": 1, "eval_batches": 1, "save_every": 1,
          "keep_every": 0, "log_every": 1,
@@ -3025,6 +3029,7 @@ if __name__ == "lerobot_policy_nanolapa":                   # as which policy/le
             config.settings = asdict(cfg)
             self.policy, self.tokens = Policy(cfg, trunk, stats), Tokens(tokenizer, cfg.text_len)
             check_features(config, cfg, stats)
+            self.to(config.device)                                      # as the trunk is
             self.reset()
 
         @classmethod

@@ -1533,7 +1533,7 @@ def warn(message: str):
         print(f"warning: {message}", file=sys.stderr)
 
 
-# the least that a number of any stage's Config may be
+# the least that numbers of the stages' Configs may be, but those with a check of their own
 LEAST = {"steps": 0, "batch_size": 1, "micro_batch": 0, "lr": 0, "warmup_steps": 0,
          "weight_decay": 0, "grad_clip": 0, "eval_every": 1, "eval_batches": 1, "save_every": 1,
          "keep_every": 0, "log_every": 1,
@@ -2265,6 +2265,7 @@ def analyze(cfg: Config) -> int:
     of held-out episodes, drawn by (seed, step)."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("run --analyze in one process")
+    check_run(cfg, 1)
     check(cfg)
     findings, metrics = find(cfg)
     plt.rcParams["axes.titlesize"] = 8

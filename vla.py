@@ -322,7 +322,7 @@ class CodeTokens(LatentPolicy):
 class Multitask(LatentFlow):
     """Latents of all samples and, of those that have any, true action chunks, by a flow each."""
 
-    needs = "latents", "actions"
+    needs = ("latents", "actions")
 
     def __init__(self, cfg: Config, trunk: "Trunk", target: nn.Module, actions: nn.Module):
         super().__init__(cfg, trunk, target)
@@ -718,15 +718,15 @@ class Evaluation:
     `_instruction_only`) the prediction where the other input is another sample's.
 
     Called, it gives the mean over datasets and, if there are several, the metrics of each as
-    NAME/metric. Those that are sums over samples come with `_low` and `_high`, 95% of a bootstrap
-    over episodes (of five, FEW_EPISODES, or more), and with `_trend`, the change since the last
-    call, and its own two.
+    NAME/metric. Those that are sums over samples, but no baseline or ablation, come with `_low` and
+    `_high`, 95% of a bootstrap over episodes, of which each dataset has FEW_EPISODES or more, and
+    with `_trend`, the change since the last call, and its own two.
     """
 
     def __init__(self, model: LatentPolicy, cfg: Config, loaders: dict, inputs_of):
         self.collect = partial(collect, model, cfg, inputs_of)
         self.loaders, self.names = loaders, loaders["val"].names
-        self.before = {}                                    # {metric: its draws}
+        self.before = {}                                    # {metric: it and its draws}
         known = labels_of(model, cfg, inputs_of, loaders["many"])
         present = np.unique(known["dataset"])
         self.baselines = {i: baseline_of(rows_of(known, i)) for i in present}
@@ -761,17 +761,16 @@ class Evaluation:
             if np.ndim(value) == 0:
                 out[name] = value
                 continue
-            out[name], draws = value[0], value[1:]
-            beside = name.endswith(("_mean", "_majority", "_only"))
-            if beside or metrics["episodes"] < FEW_EPISODES:
+            if name.endswith(("_mean", "_majority", "_only")):
+                out[name] = value[0]
                 continue
-            found = {name: draws}
+            found = {name: value}
             if name in self.before:
-                change = draws - self.before[name]
-                found[f"{name}_trend"], out[f"{name}_trend"] = change, change.mean()
-            self.before[name] = draws
+                found[f"{name}_trend"] = value - self.before[name]
+            self.before[name] = value
             for key, values in found.items():
-                out[f"{key}_low"], out[f"{key}_high"] = np.quantile(values, [0.025, 0.975])
+                out[key], draws = values[0], values[1:]
+                out[f"{key}_low"], out[f"{key}_high"] = np.quantile(draws, [0.025, 0.975])
         return out
 
 
@@ -820,13 +819,13 @@ class Others:
             rows = np.flatnonzero(every == i)
             other[rows] = np.roll(rows, 1)
         other = other[:B]
-        self.dataset, last = np.unique(every, return_index=True)
+        self.dataset, first = np.unique(every, return_index=True)
         swapped = {}
         for key in ("images", "ids", "mask"):
             x = inputs[key]
             if key in self.kept:
                 x = torch.cat([x, self.kept[key]])
-            self.kept[key], swapped[key] = x[last], x[other]
+            self.kept[key], swapped[key] = x[first], x[other]
         return swapped, other != np.arange(B)
 
 
@@ -1008,7 +1007,8 @@ def report_card(first: dict, last: dict, cfg: Config) -> str:
     untrained model; {} where nothing tells it."""
     r2 = last.get("target_r2", math.nan)                    # no action of held-out episodes
     checks = [verdict(last),
-              (r2 > 0.02, f"R2 of the target {number(r2)} (above .02)")]
+              (None if math.isnan(r2) else r2 > 0.02,
+               f"R2 of the target {number(r2)} (above .02)")]
     if "accuracy" in last:
         mine, majority = last["accuracy"], last["accuracy_majority"]
         other = last.get("accuracy_instruction_only", math.nan)
@@ -1025,10 +1025,10 @@ def report_card(first: dict, last: dict, cfg: Config) -> str:
     lines = [f"  {marks[good]}  {what}" for good, what in checks]
     found = {good for good, _ in checks}
     summary = "the trunk learned from the video"
-    if None in found:
-        summary = "too few held-out samples to say what the trunk learned"
     if False in found:
         summary = "a policy from this trunk may be worse than one without it"
+    if None in found:
+        summary = "too few held-out samples to say what the trunk learned"
     if cfg.overfit:
         summary = "all of the one batch of --overfit: nothing here is of held-out episodes"
     return "\n".join(["report card", *lines, f"  {summary}"])
@@ -1241,6 +1241,8 @@ def make_target(what: str, cfg: Config, labeller, loader, device) -> nn.Module:
         codebook = codebook.repeat(cfg.latent_chunk, 1, 1)              # for each pair the same
     if what == "codes":
         return OneHot(codebook)
+    if what != "latents":
+        fail(f"--mode {cfg.mode} needs '{what}'; there are latents, codes and actions")
     if cfg.targets == "codes":
         return Codes(codebook)
     sample = []
@@ -1395,13 +1397,15 @@ class KernelRidge:
 
 def resampled(rows: dict, part: np.ndarray, whole=1.0) -> np.ndarray:
     """A metric that is the sum of part (M,) over that of whole (M,), or the mean of part: of a
-    dataset's samples, then of draws of their episodes. (1 + draws,)"""
+    dataset's samples, then of draws of their episodes. (1 + draws,); of too few a number."""
     _, episode = np.unique(rows["episode"], return_inverse=True)
-    times = drawn_times(episode.max() + 1, rows["dataset"][0])
+    episodes = episode.max() + 1
+    times = drawn_times(episodes, rows["dataset"][0])
 
     def total(x):
         return times @ np.bincount(episode, np.broadcast_to(x, len(episode)))
-    return total(part) / total(whole).clip(1e-12)
+    found = total(part) / total(whole).clip(1e-12)
+    return found if episodes >= FEW_EPISODES else found[0]
 
 
 @cache
@@ -1430,6 +1434,8 @@ def mean_of_datasets(each: dict) -> dict:
     means = {}
     for name in dict.fromkeys(name for metrics in each.values() for name in metrics):
         values = [metrics[name] for metrics in each.values() if name in metrics]
+        if 0 in map(np.ndim, values):                       # one is not resampled
+            values = [np.ravel(value)[0] for value in values]
         means[name] = np.mean(values, 0)
     return means
 
@@ -1536,12 +1542,13 @@ def shortened(prefix: str) -> str:
 
 
 def number(value: float | None, sign: str = "") -> str:
-    """In six characters, or seven with a minus."""
+    """In six characters at most."""
     if value is None:
         return "-"
     if isinstance(value, (int, np.integer)):
         return str(value)
-    digits = ".3f" if abs(value) < 100 else ".0f" if abs(value) < 1e5 else ".0e"
+    size = abs(value)
+    digits = ".3f" if size < 9.9995 else ".1f" if size < 999.95 else ".0e"
     return f"{value:{sign}{digits}}"
 
 
@@ -2082,7 +2089,7 @@ def warn(message: str):
         print(f"warning: {message}", file=sys.stderr)
 
 
-# the least that a number of any stage's Config may be
+# the least that numbers of the stages' Configs may be, but those with a check of their own
 LEAST = {"steps": 0, "batch_size": 1, "micro_batch": 0, "lr": 0, "warmup_steps": 0,
          "weight_decay": 0, "grad_clip": 0, "eval_every": 1, "eval_batches": 1, "save_every": 1,
          "keep_every": 0, "log_every": 1,
@@ -2802,6 +2809,7 @@ def analyze(cfg: Config) -> int:
     all of it inside."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("run --analyze in one process")
+    check_run(cfg, 1)
     check(cfg)
     findings, metrics, step = find(cfg)
     description = describe(metrics, cfg, step)

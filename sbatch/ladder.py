@@ -44,7 +44,8 @@ def main(out: Path):
 
 def plot(runs: dict, path: Path):
     """Left what each run reached, beside its baselines; right its losses."""
-    score = "accuracy" if "val_accuracy" in next(iter(runs.values()))[1] else "target_r2"
+    has_codes = any("val_accuracy" in values for _, values in runs.values())
+    score = "accuracy" if has_codes else "target_r2"
     fig, (reached, losses) = plt.subplots(1, 2, figsize=(12, 4.5))
     found = [values for _, values in runs.values()]
     for name, marker in {"majority": "_", "image_only": "^", "instruction_only": "v"}.items():
@@ -52,7 +53,7 @@ def plot(runs: dict, path: Path):
         if None not in y:
             reached.plot(range(len(y)), y, marker, ms=12, mew=2, fillstyle="none",
                          label=name.replace("_", " "))
-    y = [values[f"val_{score}"] for values in found]
+    y = [values.get(f"val_{score}", math.nan) for values in found]
     ends = [[abs(values.get(f"val_{score}_{end}", math.nan) - middle)           # of few episodes no
              for values, middle in zip(found, y)] for end in ("low", "high")]   # interval
     reached.errorbar(range(len(y)), y, ends, fmt="ko", capsize=3, label="prediction, 95%")

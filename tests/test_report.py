@@ -118,6 +118,8 @@ def test_a_dataset_without_a_baseline_or_samples_is_left_out():
     expected = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(3)
     assert shares["mix_entropy"] == pytest.approx(expected)
     assert vla.mean_of_datasets({"a": {"x": 1.0}, "c": {"x": 3.0, "y": 5.0}}) == {"x": 2, "y": 5}
+    few = {"a": {"x": 1.0}, "c": {"x": np.array([3.0, 9.0, 9.0])}}
+    assert vla.mean_of_datasets(few) == {"x": 2}, "no interval: one dataset has too few episodes"
 
 
 def test_a_mix_too_large_for_the_probe_of_few_labels_is_told(capsys):
@@ -131,8 +133,9 @@ def test_a_mix_too_large_for_the_probe_of_few_labels_is_told(capsys):
             assert told == (width > 0 and episodes > 5000)
 
 
-def test_the_bootstrap_draws_episodes_and_always_the_same():
+def test_the_bootstrap_draws_episodes_and_always_the_same(monkeypatch):
     """Samples of an episode stand or fall together, so that few episodes say little."""
+    monkeypatch.setattr(vla, "FEW_EPISODES", 4)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, WIDTH, (400, 1))
     spread = {}
@@ -156,8 +159,9 @@ def test_the_bootstrap_draws_episodes_and_always_the_same():
     assert spread[100] == pytest.approx(0.05, abs=0.01)
 
 
-def test_actions_are_read_by_one_probe_on_draws_of_the_episodes_that_have_them():
+def test_actions_are_read_by_one_probe_on_draws_of_the_episodes_that_have_them(monkeypatch):
     """Of episodes 0 to 7, the last four unlabelled; in two the actions are told by the feature."""
+    monkeypatch.setattr(vla, "FEW_EPISODES", 4)
     rng = np.random.default_rng(0)
     fit, val = ({"readout": rng.standard_normal((160, 3)), "episode": np.arange(160) // 20,
                  "dataset": np.zeros(160, int), "whole": np.arange(160) < 80} for _ in range(2))
@@ -252,8 +256,10 @@ def test_a_model_that_ignores_the_picture_is_found_out(monkeypatch):
     cfg.overfit, none = False, learned | {"told/samples": 3, "untold/samples": 3}
     card = vla.report_card({}, none, cfg).splitlines()
     assert "  ?   no verdict" in card[1] and "too few held-out samples to say" in card[-1]
+    card = vla.report_card({}, {"samples": 0, "episodes": 0, "loss": 1.0}, cfg)
+    assert "FAIL" not in card and "too few held-out samples to say" in card.splitlines()[-1]
     with monkeypatch.context() as patch:
-        patch.setattr(vla, "FEW_EPISODES", 17)
+        patch.setattr(vla, "FEW_EPISODES", 9)               # either dataset has eight
         few = vla.Evaluation(TextOnly(), vla.Config(eval_batches=1), loaders, inputs_of)()
     assert few["episodes"] == 16 and not [name for name in few if name.endswith("_low")]
     assert "[" not in vla.describe(few, cfg, 0).partition("\n")[2], "no interval is printed"
@@ -268,6 +274,12 @@ def test_a_model_that_ignores_the_picture_is_found_out(monkeypatch):
     again = evaluate()
     assert again["accuracy_trend"] == again["accuracy_trend_low"] == 0
     assert again["told/accuracy_trend"] == again["told/accuracy_trend_high"] == 0.25
+    evaluate.before["target_r2"] = evaluate.before["target_r2"] ** 3
+    third = evaluate()
+    change = third["target_r2"] - m["target_r2"] ** 3
+    assert third["target_r2_trend"] == pytest.approx(change), "of what is printed, not of draws"
+    assert [vla.number(x) for x in (-12.345, -0.5, 99.9996, 123.4, -12345.6, None, 7)] == [
+        "-12.3", "-0.500", "100.0", "123.4", "-1e+04", "-", "7"]
     table = vla.rows_of_html(again)
     assert "<td><td><td>told<td>untold<tr>" in table
     assert "<td>accuracy<td>0.500<td>1.000<td>0.000<tr>" in table
