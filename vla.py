@@ -769,8 +769,9 @@ class Evaluation:
                 found[f"{name}_trend"] = value - self.before[name]
             self.before[name] = value
             for key, values in found.items():
-                out[key], draws = values[0], values[1:]
-                out[f"{key}_low"], out[f"{key}_high"] = np.quantile(draws, [0.025, 0.975])
+                out[key], low_high = values[0], np.quantile(values[1:], [0.025, 0.975])
+                if np.isfinite(low_high).all():             # else a dataset has too few episodes
+                    out[f"{key}_low"], out[f"{key}_high"] = low_high
         return out
 
 
@@ -1397,7 +1398,8 @@ class KernelRidge:
 
 def resampled(rows: dict, part: np.ndarray, whole=1.0) -> np.ndarray:
     """A metric that is the sum of part (M,) over that of whole (M,), or the mean of part: of a
-    dataset's samples, then of draws of their episodes. (1 + draws,); of too few a number."""
+    dataset's samples, then of draws of their episodes, of FEW_EPISODES at least, or else nan.
+    (1 + draws,)"""
     _, episode = np.unique(rows["episode"], return_inverse=True)
     episodes = episode.max() + 1
     times = drawn_times(episodes, rows["dataset"][0])
@@ -1405,7 +1407,9 @@ def resampled(rows: dict, part: np.ndarray, whole=1.0) -> np.ndarray:
     def total(x):
         return times @ np.bincount(episode, np.broadcast_to(x, len(episode)))
     found = total(part) / total(whole).clip(1e-12)
-    return found if episodes >= FEW_EPISODES else found[0]
+    if episodes < FEW_EPISODES:
+        found[1:] = math.nan
+    return found
 
 
 @cache
@@ -1434,8 +1438,6 @@ def mean_of_datasets(each: dict) -> dict:
     means = {}
     for name in dict.fromkeys(name for metrics in each.values() for name in metrics):
         values = [metrics[name] for metrics in each.values() if name in metrics]
-        if 0 in map(np.ndim, values):                       # one is not resampled
-            values = [np.ravel(value)[0] for value in values]
         means[name] = np.mean(values, 0)
     return means
 
@@ -1461,7 +1463,7 @@ def describe_score(m: dict, label: str, name: str) -> str:
     text = f"{label:9} {number(m[name])}"
     if f"{name}_low" in m:
         text += f" [{number(m[f'{name}_low'])}, {number(m[f'{name}_high'])}]"
-    if f"{name}_trend" in m:
+    if f"{name}_trend_low" in m:
         change, low, high = (number(m[f"{name}_trend{end}"], "+") for end in ("", "_low", "_high"))
         text += f" {change} [{low}, {high}]"
     others = {"majority": "majority", "image_only": "image", "instruction_only": "instr."}

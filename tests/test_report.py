@@ -104,7 +104,7 @@ def test_actions_past_the_end_count_for_nothing():
     m = measure(val, baseline)
     assert m["mse"] == 0 and m["cosine"] == pytest.approx(1)
     val["weight"] = np.ones_like(val["weight"])
-    assert vla.measure(val, vla.baseline_of(val))["target_r2"].max() < 0
+    assert measure(val, vla.baseline_of(val))["target_r2"] < 0
     val["weight"][0] = 0                                    # no actions at all
     assert measure(val, baseline)["cosine"] == pytest.approx(vla.cosine(
         val["prediction"], val["target"])[1]), "of the sample that has some"
@@ -118,8 +118,6 @@ def test_a_dataset_without_a_baseline_or_samples_is_left_out():
     expected = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(3)
     assert shares["mix_entropy"] == pytest.approx(expected)
     assert vla.mean_of_datasets({"a": {"x": 1.0}, "c": {"x": 3.0, "y": 5.0}}) == {"x": 2, "y": 5}
-    few = {"a": {"x": 1.0}, "c": {"x": np.array([3.0, 9.0, 9.0])}}
-    assert vla.mean_of_datasets(few) == {"x": 2}, "no interval: one dataset has too few episodes"
 
 
 def test_a_mix_too_large_for_the_probe_of_few_labels_is_told(capsys):
@@ -259,7 +257,7 @@ def test_a_model_that_ignores_the_picture_is_found_out(monkeypatch):
     card = vla.report_card({}, {"samples": 0, "episodes": 0, "loss": 1.0}, cfg)
     assert "FAIL" not in card and "too few held-out samples to say" in card.splitlines()[-1]
     with monkeypatch.context() as patch:
-        patch.setattr(vla, "FEW_EPISODES", 9)               # either dataset has eight
+        patch.setattr(vla, "FEW_EPISODES", 9)               # either dataset has eight, both 16
         few = vla.Evaluation(TextOnly(), vla.Config(eval_batches=1), loaders, inputs_of)()
     assert few["episodes"] == 16 and not [name for name in few if name.endswith("_low")]
     assert "[" not in vla.describe(few, cfg, 0).partition("\n")[2], "no interval is printed"
